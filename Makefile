@@ -1,0 +1,86 @@
+# Reproduce the study: `make` prints this help.
+PROFILE ?= default
+PYTHON  ?= python3
+VENV    ?= .venv
+
+PY        := $(VENV)/bin/python
+READY     := $(VENV)/ready
+OUT       := build/$(PROFILE)
+NAMES     := $(basename $(notdir $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))))
+NUMBERS   := $(foreach name,$(NAMES),$(firstword $(subst _, ,$(name))))
+SOURCES   := $(wildcard ff_utils/*.py)
+PROFILES  := $(basename $(notdir $(wildcard notebooks/profiles/*.yaml)))
+
+ifeq ($(filter $(PROFILE),$(PROFILES)),)
+$(error PROFILE is '$(PROFILE)'; choose one of: $(PROFILES))
+endif
+
+.DELETE_ON_ERROR:
+.SUFFIXES:
+# Time and memory are measured with nothing else running.
+.NOTPARALLEL:
+.PHONY: help reproduce data publish test lint lab clean $(NUMBERS)
+.DEFAULT_GOAL := help
+
+help:  ## print this help
+	@echo "make TARGET [PROFILE=smoke|default|paper]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
+	@echo "  01 ... 06  execute one notebook, and those whose records it reads"
+
+reproduce: data $(NAMES:%=$(OUT)/%.html)  ## environment, data, every notebook and figure
+
+data: build/data  ## fetch and check MNIST, or say what stands in for it
+
+test: $(READY)  ## the linter and all tests
+	@$(PY) -m ruff check && $(PY) -m ruff format --check
+	@$(PY) -m pytest
+
+lint: $(READY)  ## format the code and report what the formatter cannot mend
+	@$(PY) -m ruff format && $(PY) -m ruff check --fix
+
+lab: $(READY)  ## open JupyterLab on the notebooks
+	@$(PY) -m jupyterlab --notebook-dir=notebooks
+
+publish:  ## put the default run's outputs into the notebooks, its numbers into README
+	@$(MAKE) --no-print-directory reproduce PROFILE=default
+	@$(PY) -m ff_utils.pipeline publish
+
+clean:  ## remove what make built (data and records stay)
+	rm -rf build
+
+# --- environment -----------------------------------------------------------------------------
+
+$(READY): requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "error: Python %d.%d is too old; give 3.11 or later, as in: make PYTHON=python3.12" % sys.version_info[:2])'
+	@echo "making the environment in $(VENV)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+build/data: ff_utils/datasets.py $(READY)
+	@mkdir -p build
+	@$(PY) -m ff_utils.datasets
+	@touch $@
+
+# --- notebooks -------------------------------------------------------------------------------
+
+$(OUT)/%.ipynb: notebooks/%.ipynb notebooks/profiles/$(PROFILE).yaml $(SOURCES) $(READY)
+	@$(PY) -m ff_utils.pipeline run $< --profile $(PROFILE) --output $@
+
+$(OUT)/%.html: $(OUT)/%.ipynb
+	@$(PY) -m ff_utils.pipeline html $< --output $@
+
+.PRECIOUS: $(OUT)/%.ipynb
+
+# `make 05` is build/PROFILE/05_....html
+define numbered
+$(firstword $(subst _, ,$(1))): $(OUT)/$(1).html
+endef
+$(foreach name,$(NAMES),$(eval $(call numbered,$(name))))
+
+# Notebooks that read the records of others.
+$(OUT)/04_backprop_baseline.ipynb: $(OUT)/02_ff_training.ipynb
+$(OUT)/06_figures.ipynb: $(OUT)/02_ff_training.ipynb $(OUT)/03_ff_language_model.ipynb \
+  $(OUT)/04_backprop_baseline.ipynb $(OUT)/05_memory_profiling.ipynb

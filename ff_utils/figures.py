@@ -1,0 +1,441 @@
+"""Figures in one style: backprop blue, Forward-Forward orange, the seed's versions pale."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from IPython.display import Image, display
+from matplotlib.figure import Figure
+
+from ff_utils.memory import ARMS, CATEGORIES
+
+MIB = 2**20
+GIB = 2**30
+BLUE, PALE_BLUE = "#1a6faf", "#9fc0dc"
+ORANGE, PALE_ORANGE = "#d1541d", "#ecb795"
+GREY = "#6b6b6b"
+COLOURS = {
+    "backprop": BLUE,
+    "backprop_seed": PALE_BLUE,
+    "ff_resident": ORANGE,
+    "ff_seed": PALE_ORANGE,
+}
+POSITIVE, NEGATIVE = "#2a8c82", "#a5528f"
+CATEGORY_COLOURS = dict(zip(CATEGORIES, sns.color_palette("colorblind", 6), strict=True))
+# Shades of one scheme for any series that is not an arm.
+SERIES = [ORANGE, BLUE, "#5b5f97", "#2a8c82", "#b8336a", GREY]
+DPI = 140
+
+
+def use_style() -> None:
+    """Set the one style that every figure has."""
+    sns.set_theme(
+        context="notebook",
+        style="ticks",
+        rc={
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "axes.titlelocation": "left",
+            "axes.titlesize": 12,
+            "axes.titleweight": "bold",
+            "axes.labelsize": 11,
+            "xtick.labelsize": 10,
+            "ytick.labelsize": 10,
+            "axes.grid": True,
+            "axes.grid.axis": "y",
+            "grid.color": "#e6e6e6",
+            "axes.prop_cycle": matplotlib.cycler(color=SERIES),
+            "legend.frameon": False,
+            "figure.constrained_layout.use": True,
+            "figure.dpi": DPI,
+            "svg.hashsalt": "ff_utils",
+            "svg.fonttype": "none",
+            "font.family": "DejaVu Sans",
+        },
+    )
+
+
+def show(figure: Figure, name: str, alt: str, folder: Path) -> None:
+    """Save as `folder`/`name`.svg and .png and show it inline with `alt` as its description."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Description": alt})
+    png = io.BytesIO()
+    figure.savefig(png, dpi=DPI, format="png", metadata={"Software": None, "Description": alt})
+    (folder / f"{name}.png").write_bytes(png.getvalue())
+    plt.close(figure)
+    width = round(figure.get_figwidth() * 90)
+    display(Image(png.getvalue(), width=width, alt=alt))
+
+
+# --- The algorithm --------------------------------------------------------------------------
+
+
+def images(rows: torch.Tensor, shape: tuple[int, int], titles: Sequence[str]) -> Figure:
+    """A strip of grey-scale images (N, pixels)."""
+    figure, axes = plt.subplots(1, len(rows), figsize=(1.9 * len(rows), 2.3), squeeze=False)
+    for axis, row, title in zip(axes[0], rows, titles, strict=True):
+        _image(axis, row, shape)
+        axis.set_title(title, fontsize=10, loc="center", weight="normal")
+    return figure
+
+
+def _image(axis: plt.Axes, row: torch.Tensor, shape: tuple[int, int]) -> None:
+    axis.imshow(row.reshape(shape).cpu(), cmap="gray_r", vmin=0, vmax=float(row.max()) or 1)
+    axis.set(xticks=[], yticks=[])
+    sns.despine(ax=axis, left=True, bottom=True)
+    axis.grid(False)
+
+
+def goodness_histograms(
+    panels: Sequence[tuple[str, torch.Tensor, torch.Tensor]],
+    theta: float | None,
+    title: str,
+    columns: int = 4,
+) -> Figure:
+    """Goodness of positive and negative samples, one panel each: (title, positive, negative)."""
+    columns = min(columns, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(2.9 * columns, 2.5 * lines), sharex=True, squeeze=False
+    )
+    flat = axes.ravel()
+    every = torch.cat([torch.cat([p, n]) for _, p, n in panels]).cpu()
+    bins = np.linspace(0, float(every.quantile(0.995)), 40)
+    for axis, (name, positive, negative) in zip(flat, panels, strict=False):
+        for values, colour, label in (
+            (positive, POSITIVE, "positive"),
+            (negative, NEGATIVE, "negative"),
+        ):
+            axis.hist(values.cpu(), bins, color=colour, alpha=0.65, label=label)
+        if theta is not None:
+            axis.axvline(theta, color=GREY, lw=1, ls="--", label=f"theta = {theta:g}")
+        axis.set_title(name, fontsize=10, weight="normal")
+        axis.set(yticks=[])
+    for axis in flat[len(panels) :]:
+        axis.remove()
+    for axis in axes[-1]:
+        axis.set_xlabel("goodness")
+    axes[0, 0].set_ylabel("samples")
+    axes[0, -1].legend(fontsize=9)
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
+    return figure
+
+
+def label_goodness(
+    cases: Sequence[tuple[torch.Tensor, torch.Tensor, int]], shape: tuple[int, int], title: str
+) -> Figure:
+    """For each case (image, goodness of each label, true label): the image beside ten bars."""
+    figure, axes = plt.subplots(
+        1, 2 * len(cases), figsize=(5 * len(cases), 2.6), width_ratios=[1, 2.4] * len(cases)
+    )
+    for case, (image, found, true) in enumerate(cases):
+        picture, bars = axes[2 * case], axes[2 * case + 1]
+        _image(picture, image, shape)
+        chosen = int(found.argmax())
+        colours = [ORANGE if k == chosen else PALE_ORANGE for k in range(len(found))]
+        bars.bar(range(len(found)), found.cpu(), color=colours)
+        bars.set(xticks=range(len(found)), xlabel="label tried", ylabel="goodness")
+        low, high = float(found.min()), float(found.max())
+        bars.set_ylim(max(0, low - (high - low)), high + 0.1 * (high - low))
+        verdict = "right" if chosen == true else "wrong"
+        bars.set_title(f"says {chosen}, is {true}: {verdict}", fontsize=10, weight="normal")
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
+    return figure
+
+
+# --- Training -------------------------------------------------------------------------------
+
+
+def curves(
+    series: dict[str, pd.DataFrame],
+    x: str,
+    y: str,
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    colours: Sequence[str] = SERIES,
+    log: bool = False,
+    percent: bool = True,
+) -> Figure:
+    """One line a table, labelled at its end."""
+    figure, axis = plt.subplots(figsize=(7.2, 3.8))
+    ends = []
+    for (name, table), colour in zip(series.items(), colours, strict=False):
+        values = table[y] * (100 if percent else 1)
+        axis.plot(table[x], values, color=colour, marker="o", ms=3.5, lw=2)
+        ends.append((float(table[x].iloc[-1]), float(values.iloc[-1]), name, colour))
+    if log:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.tick_params(axis="y", which="minor", labelsize=8)
+    if x == "epoch":
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    _label_ends(axis, ends)
+    return figure
+
+
+def _label_ends(axis: plt.Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Names at the right of the axes, at the height of their lines' ends, moved apart."""
+    to_axes = axis.transAxes.inverted()
+    axis.figure.canvas.draw()
+    heights = [to_axes.transform(axis.transData.transform((x, y)))[1] for x, y, _, _ in ends]
+    gap = 0.075 * 3.8 / axis.figure.get_figheight()
+    order = np.argsort(heights)
+    placed: dict[int, float] = {}
+    floor = -np.inf
+    for position in order:
+        placed[position] = max(heights[position], floor + gap)
+        floor = placed[position]
+    overflow = max(0.0, floor - 1.02)
+    for position, (x, y, name, colour) in enumerate(ends):
+        axis.annotate(
+            name,
+            xy=(x, y),
+            xycoords="data",
+            xytext=(1.03, placed[position] - overflow),
+            textcoords="axes fraction",
+            color=colour,
+            va="center",
+            fontsize=10,
+            weight="bold",
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.6},
+        )
+
+
+def bars(
+    values: dict[str, float],
+    *,
+    title: str,
+    xlabel: str,
+    colours: Sequence[str],
+    spreads: dict[str, float] | None = None,
+    form: str = "{:.2f}",
+) -> Figure:
+    """Horizontal bars with their numbers; `spreads` draws a standard deviation."""
+    figure, axis = plt.subplots(figsize=(7.2, 0.6 + 0.45 * len(values)))
+    names = list(values)
+    errors = [spreads.get(name, 0) for name in names] if spreads else None
+    axis.barh(names, list(values.values()), xerr=errors, color=colours, height=0.62)
+    top = max(values.values())
+    for row, name in enumerate(names):
+        end = values[name] + (errors[row] if errors else 0)
+        text = form.format(values[name])
+        if errors and errors[row]:
+            text += f" ± {form.format(errors[row])}"
+        axis.text(end + 0.015 * top, row, text, va="center", fontsize=10)
+    axis.invert_yaxis()
+    axis.grid(False)
+    axis.set(xlabel=xlabel, title=title, xlim=(0, 1.22 * top))
+    return figure
+
+
+def confusion(matrix: torch.Tensor, title: str) -> Figure:
+    """Counts of (true, predicted) classes, the right ones blanked so that errors show."""
+    wrong = matrix.clone().fill_diagonal_(0).cpu().numpy()
+    figure, axis = plt.subplots(figsize=(5.4, 4.4))
+    sns.heatmap(
+        wrong,
+        annot=True,
+        fmt="d",
+        cmap="Oranges",
+        mask=np.eye(len(wrong), dtype=bool),
+        linewidths=0.5,
+        cbar_kws={"label": "test images"},
+        ax=axis,
+        annot_kws={"fontsize": 9},
+    )
+    axis.set(xlabel="predicted", ylabel="true", title=title)
+    axis.tick_params(rotation=0)
+    return figure
+
+
+# --- Memory ---------------------------------------------------------------------------------
+
+
+def memory_lines(
+    table: pd.DataFrame,
+    *,
+    title: str,
+    note: str = "",
+    log: bool = False,
+    measured: pd.DataFrame | None = None,
+    unit: tuple[str, int] = ("GiB", GIB),
+) -> Figure:
+    """Peak memory against depth, one line an arm, labelled at its end.
+
+    measured: rows of another instrument, drawn as open circles over the lines.
+    """
+    name, size = unit
+    figure, axis = plt.subplots(figsize=(8, 4.4))
+    ends = []
+    for arm, rows in table.groupby("arm", sort=False):
+        rows = rows.sort_values("depth")
+        axis.plot(rows.depth, rows.peak_bytes / size, color=COLOURS[arm], lw=2.4)
+        end = rows.iloc[-1]
+        ends.append((end.depth, end.peak_bytes / size, ARMS[arm].title, COLOURS[arm]))
+    if measured is not None:
+        axis.scatter(
+            measured.depth,
+            measured.peak_bytes / size,
+            facecolors="none",
+            edgecolors=[COLOURS[arm] for arm in measured.arm],
+            s=55,
+            lw=1.6,
+            zorder=3,
+        )
+    axis.set_xticks(sorted(table.depth.unique()))
+    if log:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    else:
+        axis.set_ylim(bottom=0)
+    axis.set(xlabel="hidden layers", ylabel=f"peak memory of a training step ({name})")
+    axis.set_title(title)
+    _label_ends(axis, ends)
+    if note:
+        figure.supxlabel(note, fontsize=8.5, color=GREY, x=0.01, ha="left")
+    return figure
+
+
+def memory_bars(table: pd.DataFrame, *, title: str, note: str = "") -> Figure:
+    """The seed's bar chart: arms side by side at every depth."""
+    figure, axis = plt.subplots(figsize=(8, 4))
+    arms = list(table.arm.unique())
+    depths = sorted(table.depth.unique())
+    width = 0.8 / len(arms)
+    for position, arm in enumerate(arms):
+        rows = table[table.arm == arm].set_index("depth").loc[depths]
+        places = np.arange(len(depths)) + (position - (len(arms) - 1) / 2) * width
+        axis.bar(places, rows.peak_bytes / GIB, width, color=COLOURS[arm], label=ARMS[arm].title)
+    axis.set_xticks(range(len(depths)), depths)
+    axis.set(xlabel="hidden layers", ylabel="peak memory (GiB)", title=title)
+    axis.legend(loc="upper left")
+    if note:
+        figure.supxlabel(note, fontsize=8.5, color=GREY, x=0.01, ha="left")
+    return figure
+
+
+def breakdown(table: pd.DataFrame, *, title: str, note: str = "") -> Figure:
+    """What the peak is made of: one stacked bar a row of `table`, by category."""
+    figure, axis = plt.subplots(figsize=(8, 0.9 + 0.5 * len(table)))
+    names = [f"{ARMS[row.arm].title}, {row.depth} layers" for row in table.itertuples()]
+    left = np.zeros(len(table))
+    for category in CATEGORIES:
+        sizes = table[category].to_numpy(float) / MIB
+        axis.barh(
+            names,
+            sizes,
+            left=left,
+            color=CATEGORY_COLOURS[category],
+            label=category.replace("_", " "),
+            height=0.65,
+        )
+        left += sizes
+    for row, total in enumerate(left):
+        axis.text(total * 1.005, row, f" {total:,.0f}", va="center", fontsize=9)
+    axis.invert_yaxis()
+    axis.grid(False)
+    axis.set(xlabel="MiB at the peak", title=title, xlim=(0, 1.1 * left.max()))
+    figure.legend(ncols=6, fontsize=8.5, loc="outside lower left", columnspacing=1, handlelength=1)
+    if note:
+        figure.supxlabel(note, fontsize=8.5, color=GREY, x=0.01, ha="left")
+    return figure
+
+
+def anatomy(
+    timelines: dict[str, list[tuple[str, dict[str, int]]]], *, title: str, note: str = ""
+) -> Figure:
+    """Live bytes through one training step, stacked by category, one panel an arm, one scale."""
+    figure, axes = plt.subplots(
+        1, len(timelines), figsize=(3.6 * len(timelines), 3.8), sharey=True, squeeze=False
+    )
+    for axis, (arm, steps) in zip(axes[0], timelines.items(), strict=True):
+        sizes = {c: np.array([live[c] for _, live in steps]) / MIB for c in CATEGORIES}
+        axis.stackplot(
+            np.arange(1, len(steps) + 1),
+            *sizes.values(),
+            colors=[CATEGORY_COLOURS[c] for c in CATEGORIES],
+            labels=[c.replace("_", " ") for c in CATEGORIES],
+            step="post",
+            lw=0,
+        )
+        total = sum(sizes.values())
+        peak = int(total.argmax())
+        axis.annotate(
+            f"peak {total[peak]:,.0f} MiB",
+            (peak + 1, total[peak]),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9.5,
+            weight="bold",
+        )
+        axis.set(xlabel="operation", xlim=(1, len(steps)))
+        axis.set_title(ARMS[arm].title, color=COLOURS[arm], fontsize=11)
+        axis.margins(y=0.12)
+    axes[0, 0].set_ylabel("live memory (MiB)")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=6, fontsize=9, loc="outside lower left", columnspacing=1)
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
+    if note:
+        figure.supxlabel(note, fontsize=8.5, color=GREY, x=0.01, ha="left")
+    return figure
+
+
+def predicted_and_measured(table: pd.DataFrame, *, title: str) -> Figure:
+    """Every measured peak against its closed form, one panel an instrument, with y = x."""
+    instruments = list(table.instrument.unique())
+    figure, axes = plt.subplots(
+        1, len(instruments), figsize=(4 * len(instruments), 3.8), squeeze=False
+    )
+    for axis, instrument in zip(axes[0], instruments, strict=True):
+        rows = table[table.instrument == instrument]
+        for arm, points in rows.groupby("arm", sort=False):
+            axis.scatter(
+                points.predicted_bytes / MIB,
+                points.peak_bytes / MIB,
+                color=COLOURS[arm],
+                label=ARMS[arm].title,
+                s=42,
+                alpha=0.85,
+            )
+        ends = [rows.predicted_bytes.min() / MIB * 0.8, rows.predicted_bytes.max() / MIB * 1.25]
+        axis.plot(ends, ends, color=GREY, lw=1, ls="--", zorder=0)
+        axis.set(xscale="log", yscale="log", xlabel="closed form (MiB)", ylabel="measured (MiB)")
+        axis.set_title(instrument, fontsize=11)
+    axes[0, 0].legend(fontsize=9)
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
+    return figure
+
+
+def points(
+    table: pd.DataFrame, x: str, y: str, *, title: str, xlabel: str, ylabel: str, note: str = ""
+) -> Figure:
+    """Named points (columns name, colour): error against memory, say."""
+    figure, axis = plt.subplots(figsize=(7.2, 4))
+    for row in table.itertuples():
+        place = (getattr(row, x), getattr(row, y))
+        axis.scatter(*place, color=row.colour, s=90, zorder=3)
+        axis.annotate(
+            row.name,
+            place,
+            xytext=(9, 5),
+            textcoords="offset points",
+            color=row.colour,
+            fontsize=10,
+            weight="bold",
+        )
+    axis.margins(x=0.3, y=0.2)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if note:
+        figure.supxlabel(note, fontsize=8.5, color=GREY, x=0.01, ha="left")
+    return figure

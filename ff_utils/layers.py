@@ -1,0 +1,244 @@
+"""The Forward-Forward layer: goodness, local losses, and the analytic local step.
+
+No autograd anywhere: a layer's gradient is two rows of algebra (see `FFLayer.step`), so no
+graph is built and nothing is stored for later. Source: Hinton, arXiv 2212.13345, section 2.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.optim.adam import adam
+
+from ff_utils import checks
+
+EPSILON = 1e-8
+NORMALISATIONS = ("length", "mean_square")
+# The names the seed's package gives the same three losses.
+SEED_LOSSES = {
+    "alternative_loss_fn": "softplus",
+    "probabilistic_loss_fn": "probabilistic",
+    "loss_fn": "linear",
+}
+
+
+def goodness(y: torch.Tensor) -> torch.Tensor:
+    """Mean of the squared activities of each row: (rows, width) -> (rows,)."""
+    return torch.linalg.vector_norm(y, dim=1).square_().div_(y.shape[1])
+
+
+def normalise_(y: torch.Tensor, kind: str) -> torch.Tensor:
+    """Normalise each row of `y` (rows, width) in place; returns the divisor of each row (rows,).
+
+    kind: "length" divides by the Euclidean norm (the seed); "mean_square" by the root mean
+        square (Hinton), so that each activity stays near 1 however wide the layer.
+    What is left is the direction alone: the next layer cannot read this one's verdict.
+    """
+    divisor = torch.linalg.vector_norm(y, dim=1)
+    if kind == "mean_square":
+        divisor.div_(math.sqrt(y.shape[1]))
+    divisor.add_(EPSILON)
+    y.div_(divisor[:, None])
+    return divisor
+
+
+def softplus_loss(x: torch.Tensor, positive: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """-log p(right), where p(positive) = sigmoid(x): value and derivative in x, both (rows,).
+
+    The seed's `alternative_loss_fn`, here without its overflow; also what its probabilistic
+    loss becomes once the term for negatives is -log(1 - p). Hinton, equation 3.
+    """
+    sign = -1.0 if positive else 1.0
+    return nn.functional.softplus(sign * x), sign * torch.sigmoid(sign * x)
+
+
+def probabilistic_loss(x: torch.Tensor, positive: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The seed's `probabilistic_loss_fn`, kept as it is: -log p for positives, +log p for negatives.
+
+    Its gradient for negatives vanishes where it should be largest (goodness far above theta).
+    """
+    p = torch.sigmoid(x)
+    sign = 1.0 if positive else -1.0
+    return -sign * torch.log(p + 1e-6), -sign * p * (1 - p) / (p + 1e-6)
+
+
+def linear_loss(x: torch.Tensor, positive: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The seed's `loss_fn`, kept as it is: -x for positives, x for negatives; unbounded below."""
+    sign = -1.0 if positive else 1.0
+    return sign * x, torch.full_like(x, sign)
+
+
+LOSSES = {
+    "softplus": softplus_loss,
+    "probabilistic": probabilistic_loss,
+    "linear": linear_loss,
+}
+
+
+def loss_function(name: str):
+    """The loss called `name`, by our name or the seed's; ValueError for any other."""
+    name = SEED_LOSSES.get(name, name)
+    checks.one_of("loss", name, [*LOSSES, *SEED_LOSSES])
+    return LOSSES[name]
+
+
+class Adam:
+    """Adam's state for some tensors and its update, fused: no temporary is made.
+
+    The state lives in `module`'s buffers, so that it is saved, moved and counted with it.
+    """
+
+    def __init__(self, module: nn.Module, names: list[str]) -> None:
+        self.module, self.names = module, names
+        for name in names:
+            tensor = getattr(module, name)
+            module.register_buffer(f"{name}_first_moment", torch.zeros_like(tensor))
+            module.register_buffer(f"{name}_second_moment", torch.zeros_like(tensor))
+            module.register_buffer(f"{name}_steps", torch.zeros((), device=tensor.device))
+
+    def update(self, gradients: list[torch.Tensor], learning_rate: float) -> None:
+        """One step along `gradients`, given in the order of `names`."""
+        get = self.module.get_buffer
+        adam(
+            [self.module.get_parameter(name) for name in self.names],
+            gradients,
+            [get(f"{name}_first_moment") for name in self.names],
+            [get(f"{name}_second_moment") for name in self.names],
+            [],
+            [get(f"{name}_steps") for name in self.names],
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=learning_rate,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
+
+
+class FFLayer(nn.Module):
+    """Linear and ReLU, trained by its own goodness.
+
+    The layer asks "is this sample real?" with logit x = scale * (goodness - theta).
+    Shapes: input (rows, inputs), normalised; output (rows, outputs), not normalised.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        normalisation: str = "mean_square",
+        loss: str = "softplus",
+        theta: float = 2.0,
+        scale: float = 1.0,
+        generator: torch.Generator | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        checks.one_of("normalisation", normalisation, NORMALISATIONS)
+        checks.number("theta", theta, 0, above=True)
+        checks.number("scale", scale, 0, above=True)
+        self.normalisation, self.theta, self.scale = normalisation, theta, scale
+        self.loss = loss_function(loss)
+        # PyTorch's own start for a linear layer: uniform within 1 / sqrt(inputs). Drawn on
+        # the CPU, so that a seed means the same weights on every device.
+        bound = 1 / math.sqrt(inputs)
+        weight = torch.empty(outputs, inputs, dtype=dtype).uniform_(
+            -bound, bound, generator=generator
+        )
+        bias = torch.empty(outputs, dtype=dtype).uniform_(-bound, bound, generator=generator)
+        self.weight = nn.Parameter(weight.to(device), requires_grad=False)
+        self.bias = nn.Parameter(bias.to(device), requires_grad=False)
+        self.optimizer = Adam(self, ["weight", "bias"])
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """y = relu(h W^T + b): (rows, inputs) -> (rows, outputs)."""
+        return torch.addmm(self.bias, h, self.weight.t()).relu_()
+
+    def step(
+        self, h: torch.Tensor, positives: int, learning_rate: float, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Train on one batch; returns the normalised output (rows, outputs) and the loss ().
+
+        h: (rows, inputs), normalised, the first `positives` rows positive, the rest negative.
+           OVERWRITTEN: its memory is used for the gradient's sake.
+        gradient: scratch memory of at least outputs * inputs elements, shared by all layers.
+
+        With g = mean_j y_j^2 and L = mean over positives + mean over negatives of the loss,
+            dL/dz = (dL/dg) 2 y / outputs     (ReLU's derivative is 1 wherever y > 0)
+            dW    = (dL/dz)^T h,   db = sum over rows of dL/dz.
+        With n the normalised output and d its divisor, y = d n, so row i of dL/dz is n_i times
+        the number s_i = (dL/dg_i) 2 d_i / outputs: scale the rows of h by s, then dW = n^T h.
+        Nothing of a batch's size is made but y itself, which leaves as the next layer's input.
+        """
+        y = self(h)
+        value, slope = self.local_loss(goodness(y), positives)
+        divisor = normalise_(y, self.normalisation)
+        row_scale = slope.mul_(divisor).mul_(2 / y.shape[1])
+        dw = gradient[: self.weight.numel()].view_as(self.weight)
+        torch.mm(y.t(), h.mul_(row_scale[:, None]), out=dw)
+        self.optimizer.update([dw, torch.mv(y.t(), row_scale)], learning_rate)
+        return y, value
+
+    def local_loss(self, g: torch.Tensor, positives: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss () of goodness (rows,) and its derivative in each row's goodness (rows,)."""
+        x = (g - self.theta).mul_(self.scale)
+        value_positive, slope_positive = self.loss(x[:positives], True)
+        value_negative, slope_negative = self.loss(x[positives:], False)
+        slope = torch.cat([slope_positive / positives, slope_negative / (len(g) - positives)])
+        return value_positive.mean() + value_negative.mean(), slope.mul_(self.scale)
+
+
+class LocalSoftmax(nn.Module):
+    """A linear softmax over the normalised activities of every layer, trained analytically.
+
+    It sends nothing back into the layers. Its guess on a neutral label predicts the class and
+    draws hard negatives (Hinton, section 3.3). Activities are read at mean square 1, whatever
+    the layers' normalisation: logits = sum over layers of gain_l h_l A_l^T + a.
+    """
+
+    def __init__(
+        self,
+        widths: list[int],
+        classes: int,
+        normalisation: str = "mean_square",
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.widths = widths
+        self.gains = [math.sqrt(w) if normalisation == "length" else 1.0 for w in widths]
+        kind = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.zeros(classes, sum(widths), **kind), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(classes, **kind), requires_grad=False)
+        self.optimizer = Adam(self, ["weight", "bias"])
+
+    def forward(self, activities: list[torch.Tensor]) -> torch.Tensor:
+        """Normalised activities of the first layers, each (rows, width) -> logits (rows, classes)."""
+        logits = self.bias.expand(len(activities[0]), -1)
+        blocks = self.weight.split(self.widths, dim=1)
+        for h, gain, block in zip(activities, self.gains, blocks, strict=False):
+            logits = torch.addmm(logits, h, block.t(), alpha=gain)
+        return logits
+
+    def step(
+        self,
+        activities: list[torch.Tensor],
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        learning_rate: float,
+    ) -> torch.Tensor:
+        """One step of cross-entropy on `logits` = self(activities); returns the loss ()."""
+        loss = nn.functional.cross_entropy(logits, labels)
+        error = logits.softmax(dim=1)
+        error[torch.arange(len(labels), device=labels.device), labels] -= 1
+        error /= len(labels)
+        dw = torch.zeros_like(self.weight)
+        blocks = dw.split(self.widths, dim=1)
+        for h, gain, block in zip(activities, self.gains, blocks, strict=False):
+            block.addmm_(error.t(), h, alpha=gain)
+        self.optimizer.update([dw, error.sum(dim=0)], learning_rate)
+        return loss

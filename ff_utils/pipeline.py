@@ -1,0 +1,219 @@
+"""Execute, render and publish the notebooks: what the Makefile calls.
+
+`python -m ff_utils.pipeline run NOTEBOOK --profile smoke --output FILE`
+`python -m ff_utils.pipeline html NOTEBOOK --output FILE`
+`python -m ff_utils.pipeline publish`
+"""
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import yaml
+from nbclient.exceptions import DeadKernelError
+from nbconvert import HTMLExporter
+from nbconvert.preprocessors import TagRemovePreprocessor
+
+from ff_utils import paths, results
+
+FIRST_LINE_OF_INJECTED = "# Parameters\n"
+
+
+class PipelineError(RuntimeError):
+    """One sentence that says what to change."""
+
+
+def profile_parameters(profile: str, notebook: str) -> dict:
+    """What a profile sets in a notebook; PipelineError for a name neither of them has."""
+    known = sorted(path.stem for path in paths.PROFILES.glob("*.yaml"))
+    if profile not in known:
+        raise PipelineError(f"profile is {profile!r}; choose one of: {', '.join(known)}.")
+    path = paths.PROFILES / f"{profile}.yaml"
+    try:
+        sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise PipelineError(f"{paths.relative(path)} is not YAML: {error}") from error
+    notebooks = {p.stem for p in paths.NOTEBOOKS.glob("*.ipynb")}
+    _refuse_unknown(f"{paths.relative(path)} has a section", sections, notebooks)
+    return {**(sections.get(notebook) or {}), "profile": profile}
+
+
+def check_parameters(notebook: str, parameters: dict) -> None:
+    """PipelineError for a parameter the notebook does not have (papermill only warns)."""
+    known = results.parameter_names(notebook)
+    _refuse_unknown(f"{notebook} is given the parameter", parameters, known)
+
+
+def _refuse_unknown(what: str, given, known) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has: {', '.join(sorted(known))}."
+            raise PipelineError(f"{what} {name!r}, which does not exist: {hint}")
+
+
+def run(notebook: Path, profile: str, output: Path, overrides: dict | None = None) -> None:
+    """Execute a notebook to `output`, whole or not at all.
+
+    The cells run in a temporary copy, renamed on success; a failed copy is kept as
+    `NAME.failed.ipynb` for reading. Raises PipelineError.
+    """
+    parameters = profile_parameters(profile, notebook.stem) | (overrides or {})
+    check_parameters(notebook.stem, parameters)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.ipynb")
+    failed = output.with_name(f"{output.stem}.failed.ipynb")
+    os.environ["FF_PROGRESS"] = "plain"
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(temporary),
+            parameters=parameters,
+            cwd=str(notebook.parent),
+            kernel_name="python3",
+            progress_bar=False,
+            log_output=True,
+        )
+        temporary.replace(output)
+        failed.unlink(missing_ok=True)
+    except papermill.PapermillExecutionError as error:
+        raise _failure(notebook, temporary, failed, f"{error.ename}: {error.evalue}") from error
+    except DeadKernelError as error:
+        reason = "its kernel died, most often for lack of memory: lower its sizes"
+        raise _failure(notebook, temporary, failed, reason) from error
+    except OSError as error:
+        raise _failure(notebook, temporary, failed, str(error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _failure(notebook: Path, temporary: Path, failed: Path, reason: str) -> PipelineError:
+    if temporary.exists():
+        temporary.replace(failed)
+        reason += f" (the notebook up to there: {paths.relative(failed)})"
+    return PipelineError(f"{paths.relative(notebook)}: {reason}")
+
+
+def html(notebook: Path, output: Path) -> None:
+    """Render an executed notebook as one HTML file, without the injected cell."""
+    exporter = HTMLExporter(embed_images=True)
+    cleaner = TagRemovePreprocessor(remove_cell_tags=["injected-parameters"])
+    exporter.register_preprocessor(cleaner, enabled=True)
+    body, _ = exporter.from_filename(str(notebook))
+    # Links between notebooks stay among the rendered pages.
+    body = re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', body)
+    results.write_atomically(output, body)
+
+
+def publish() -> None:
+    """Put the default run's outputs into the committed notebooks, and its numbers into README."""
+    for source in sorted(paths.NOTEBOOKS.glob("*.ipynb")):
+        executed = paths.BUILD / "default" / source.name
+        if not executed.exists():
+            raise PipelineError(f"{paths.relative(executed)} is missing: run `make reproduce`.")
+        published = with_outputs(nbformat.read(source, 4), nbformat.read(executed, 4))
+        results.write_atomically(source, notebook_text(published))
+        # The executed copy is as new as its source: make has nothing to do again.
+        executed.touch()
+        executed.with_suffix(".html").touch()
+    from ff_utils.readme import write_tables
+
+    write_tables()
+
+
+def with_outputs(source, executed):
+    """`source` with `executed`'s outputs: same cells, counted 1..n, nothing else added."""
+    ran = [
+        cell
+        for cell in executed.cells
+        if "injected-parameters" not in cell.metadata.get("tags", [])
+    ]
+    if [cell.source for cell in ran] != [cell.source for cell in source.cells]:
+        raise PipelineError(
+            "a notebook was edited after the default run: run `make reproduce` first."
+        )
+    count = 0
+    for cell, done in zip(source.cells, ran, strict=True):
+        if cell.cell_type != "code":
+            continue
+        count += 1
+        cell.execution_count, cell.outputs = count, done.outputs
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = count
+            if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+                raise PipelineError("a notebook shows a widget, which cannot be published.")
+        if str(paths.ROOT) in json.dumps(cell.outputs):
+            raise PipelineError(f"cell {count} prints a path of this machine: {cell.source[:60]}")
+    source.metadata.pop("papermill", None)
+    source.metadata.pop("widgets", None)
+    return source
+
+
+def notebook_text(notebook) -> str:
+    """A notebook as it is committed."""
+    return nbformat.writes(notebook, version=4, indent=1) + "\n"
+
+
+class _CellOutput(logging.Filter):
+    """Of papermill's log, only what the cells print."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not re.match(
+            r"Executing|Ending Cell|Input Notebook|Output Notebook|Black is|<IPython|<Figure|"
+            r"Working directory|Translating|Parameters|\s*$",
+            record.getMessage(),
+        )
+
+
+def main() -> None:
+    """Run one command; a failure is one sentence and a non-zero exit."""
+    parser = argparse.ArgumentParser(prog="python -m ff_utils.pipeline")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("run", "html"):
+        command = commands.add_parser(name)
+        command.add_argument("notebook", type=Path)
+        command.add_argument("--output", type=Path, required=True)
+        if name == "run":
+            command.add_argument("--profile", default="default")
+            command.add_argument(
+                "--set",
+                action="append",
+                default=[],
+                metavar="NAME=VALUE",
+                help="a parameter of the notebook, its value as YAML",
+            )
+    commands.add_parser("publish")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="    %(message)s", stream=sys.stdout)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_CellOutput())
+    try:
+        if options.command == "run":
+            print(f"{options.notebook.stem} ({options.profile})", flush=True)
+            overrides = dict(_pair(text) for text in options.set)
+            run(options.notebook, options.profile, options.output, overrides)
+        elif options.command == "html":
+            html(options.notebook, options.output)
+        else:
+            publish()
+    except (PipelineError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _pair(text: str) -> tuple[str, object]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise PipelineError(f"--set is {text!r}; give NAME=VALUE.")
+    return name, yaml.safe_load(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Progress: a bar where someone watches, one plain line an item elsewhere."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from IPython import get_ipython
+from IPython.display import clear_output
+from tqdm.auto import tqdm
+
+
+def track(items: Sequence, what: str = "epoch", done: int = 0, total: int = 0) -> Iterator:
+    """Iterate over `items`, telling how many of `total` are done and how long the rest takes.
+
+    done: items of the same work that were finished before. Under make (FF_PROGRESS=plain) each
+    line replaces the last, so that a saved notebook keeps one.
+    """
+    total = total or len(items)
+    plain = os.environ.get("FF_PROGRESS") == "plain"
+    if not plain and (get_ipython() is not None or sys.stderr.isatty()):
+        yield from tqdm(items, desc=what, leave=False)
+        return
+    start = time.perf_counter()
+    for number, item in enumerate(items, start=1):
+        yield item
+        spent = time.perf_counter() - start
+        left = spent / number * (total - done - number)
+        ending = f"about {left:.0f} s left" if left else f"{spent:.0f} s"
+        if get_ipython() is not None:
+            clear_output(wait=True)
+        print(f"{what} {done + number} of {total}, {ending}", flush=True)
