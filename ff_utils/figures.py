@@ -97,17 +97,20 @@ def goodness_histograms(
     theta: float | None,
     title: str,
     columns: int = 4,
+    share_x: bool = True,
 ) -> Figure:
     """Goodness of positive and negative samples, one panel each: (title, positive, negative)."""
     columns = min(columns, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(2.9 * columns, 2.5 * lines), sharex=True, squeeze=False
+        lines, columns, figsize=(max(2.9 * columns, 8), 2.6 * lines), sharex=share_x, squeeze=False
     )
     flat = axes.ravel()
-    every = torch.cat([torch.cat([p, n]) for _, p, n in panels]).cpu()
-    bins = np.linspace(0, float(every.quantile(0.995)), 40)
+    every = torch.cat([torch.cat(panel[1:]) for panel in panels]).cpu()
     for axis, (name, positive, negative) in zip(flat, panels, strict=False):
+        seen = every if share_x else torch.cat([positive, negative]).cpu()
+        low = 0.0 if share_x else float(seen.quantile(0.002))
+        bins = np.linspace(low, float(seen.quantile(0.998)), 40)
         for values, colour, label in (
             (positive, POSITIVE, "positive"),
             (negative, NEGATIVE, "negative"),

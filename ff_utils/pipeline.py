@@ -12,18 +12,17 @@ import logging
 import os
 import re
 import sys
+from html import escape
 from pathlib import Path
 
 import nbformat
 import papermill
 import yaml
+from latex2mathml.converter import convert as to_mathml
 from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
-from nbconvert.preprocessors import TagRemovePreprocessor
 
 from ff_utils import paths, results
-
-FIRST_LINE_OF_INJECTED = "# Parameters\n"
 
 
 class PipelineError(RuntimeError):
@@ -102,14 +101,44 @@ def _failure(notebook: Path, temporary: Path, failed: Path, reason: str) -> Pipe
 
 
 def html(notebook: Path, output: Path) -> None:
-    """Render an executed notebook as one HTML file, without the injected cell."""
-    exporter = HTMLExporter(embed_images=True)
-    cleaner = TagRemovePreprocessor(remove_cell_tags=["injected-parameters"])
-    exporter.register_preprocessor(cleaner, enabled=True)
-    body, _ = exporter.from_filename(str(notebook))
+    """Render an executed notebook as one HTML file that needs no network: images, alt text and
+    equations (as MathML) are inside it."""
+    cells = nbformat.read(notebook, 4)
+    descriptions, equations = [], []
+    for cell in cells.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _take_equations(cell.source, equations)
+        for shown in cell.get("outputs", []):
+            if "image/png" in shown.get("data", {}):
+                about = shown.metadata.get("image/png", {})
+                descriptions.append(about.get("alt", notebook.stem))
+    exporter = HTMLExporter(embed_images=True, mathjax_url="")
+    logging.getLogger("traitlets").setLevel(logging.ERROR)
+    body, _ = exporter.from_notebook_node(cells)
+    for description in descriptions:
+        # nbconvert reads no alt text from outputs: fill its placeholders in order.
+        body = body.replace(
+            "No description has been provided for this image", escape(description), 1
+        )
+    body = re.sub(r"EQUATION(\d+)END", lambda found: equations[int(found[1])], body)
+    title = f"<title>{notebook.stem.replace('_', ' ')}</title>"
+    body = re.sub(r"<title>.*?</title>", title, body, count=1)
     # Links between notebooks stay among the rendered pages.
     body = re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', body)
     results.write_atomically(output, body)
+
+
+def _take_equations(markdown: str, equations: list[str]) -> str:
+    """Markdown with a mark in place of each $$...$$ and $...$, whose MathML joins `equations`."""
+
+    def take(found: re.Match) -> str:
+        block = found[1] is not None
+        latex = found[1] if block else found[2]
+        equations.append(to_mathml(latex, display="block" if block else "inline"))
+        mark = f"EQUATION{len(equations) - 1}END"
+        return f"\n\n{mark}\n\n" if block else mark
+
+    return re.sub(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", take, markdown, flags=re.DOTALL)
 
 
 def publish() -> None:

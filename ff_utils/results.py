@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from papermill.inspection_utils import inspect_notebook
+from papermill import inspect_notebook
 
 from ff_utils import checks, paths
 from ff_utils.datasets import Dataset
