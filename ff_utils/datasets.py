@@ -43,10 +43,11 @@ CHECKSUMS = {
         "test_labels": "md5:bb300cfdad3c16e7a12a480ee83cd310",
     },
 }
+TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "digits": "8x8 digits"}
 DATASETS = ("auto", "mnist", "fashion_mnist", "digits")
 
 
-class DataNotFound(RuntimeError):
+class DataNotFoundError(RuntimeError):
     """The files of a data set are neither on disk nor to be downloaded."""
 
 
@@ -69,12 +70,14 @@ class Dataset:
 
     @property
     def pixels(self) -> int:
+        """Numbers in one image."""
         return self.train_images.shape[1]
 
     @property
     def title(self) -> str:
         """Name for a figure's title; says so when it is a stand-in."""
-        return f"{self.name} (stand-in: MNIST not found)" if self.fallback else self.name
+        title = TITLES.get(self.name, self.name)
+        return f"{title} (stand-in: MNIST not found)" if self.fallback else title
 
     def subset(self, train: int | None, test: int | None = None) -> "Dataset":
         """The first `train` and `test` samples; None keeps all."""
@@ -122,7 +125,7 @@ def load(
     """Load a data set by name.
 
     `auto` is MNIST where it is on disk or can be downloaded, else the built-in digits, said
-    aloud. Raises ValueError for an unknown name or size, DataNotFound without files and
+    aloud. Raises ValueError for an unknown name or size, DataNotFoundError without files and
     network, and ValueError for a file whose checksum is wrong.
     """
     checks.one_of("dataset", name, DATASETS)
@@ -132,7 +135,7 @@ def load(
         return _idx(name).subset(train_size, test_size)
     try:
         return _idx("mnist").subset(train_size, test_size)
-    except DataNotFound as error:
+    except DataNotFoundError as error:
         digits = _digits(fallback=str(error))
         print(f"WARNING: using scikit-learn's 8x8 digits instead of MNIST. {error}", flush=True)
         limits = (len(digits.train_labels), len(digits.test_labels))
@@ -232,7 +235,7 @@ def _download(dataset: str, file_name: str, checksum: str, folder: Path) -> Path
             f"{place} is damaged and no good copy could be downloaded ({tried}): delete it, or "
             "set FF_DATA_DIR to a folder that holds the file."
         )
-    raise DataNotFound(
+    raise DataNotFoundError(
         f"{place} is missing and could not be downloaded ({tried}): connect to the network, set "
         "FF_DATA_DIR to a folder that holds the file, or choose dataset=digits."
     )

@@ -64,13 +64,21 @@ def use_style() -> None:
 def show(figure: Figure, name: str, alt: str, folder: Path) -> None:
     """Save as `folder`/`name`.svg and .png and show it inline with `alt` as its description."""
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Description": alt})
+    about = {"Description": alt}
+    tight = {"bbox_inches": "tight", "pad_inches": 0.08}
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None, **about}, **tight)
     png = io.BytesIO()
-    figure.savefig(png, dpi=DPI, format="png", metadata={"Software": None, "Description": alt})
+    figure.savefig(png, dpi=DPI, format="png", metadata={"Software": None, **about}, **tight)
     (folder / f"{name}.png").write_bytes(png.getvalue())
     plt.close(figure)
-    width = round(figure.get_figwidth() * 90)
-    display(Image(png.getvalue(), width=width, alt=alt))
+    pixels = int.from_bytes(png.getvalue()[16:20], "big")
+    display(Image(png.getvalue(), width=round(pixels * 90 / DPI), alt=alt))
+
+
+def _note(figure: Figure, text: str) -> None:
+    """Say below a figure what its numbers were measured with."""
+    if text:
+        figure.text(0.01, -0.01, text, fontsize=8.5, color=GREY, va="top")
 
 
 # --- The algorithm --------------------------------------------------------------------------
@@ -198,7 +206,7 @@ def _label_ends(axis: plt.Axes, ends: list[tuple[float, float, str, str]]) -> No
     for position in order:
         placed[position] = max(heights[position], floor + gap)
         floor = placed[position]
-    overflow = max(0.0, floor - 1.02)
+    overflow = max(0.0, floor - 0.95)
     for position, (x, y, name, colour) in enumerate(ends):
         axis.annotate(
             name,
@@ -258,6 +266,7 @@ def confusion(matrix: torch.Tensor, title: str) -> Figure:
     )
     axis.set(xlabel="predicted", ylabel="true", title=title)
     axis.tick_params(rotation=0)
+    axis.grid(False)
     return figure
 
 
@@ -304,8 +313,7 @@ def memory_lines(
     axis.set(xlabel="hidden layers", ylabel=f"peak memory of a training step ({name})")
     axis.set_title(title)
     _label_ends(axis, ends)
-    if note:
-        figure.supxlabel(note, fontsize=8.5, color=GREY, x=0.01, ha="left")
+    _note(figure, note)
     return figure
 
 
@@ -322,8 +330,7 @@ def memory_bars(table: pd.DataFrame, *, title: str, note: str = "") -> Figure:
     axis.set_xticks(range(len(depths)), depths)
     axis.set(xlabel="hidden layers", ylabel="peak memory (GiB)", title=title)
     axis.legend(loc="upper left")
-    if note:
-        figure.supxlabel(note, fontsize=8.5, color=GREY, x=0.01, ha="left")
+    _note(figure, note)
     return figure
 
 
@@ -339,7 +346,7 @@ def breakdown(table: pd.DataFrame, *, title: str, note: str = "") -> Figure:
             sizes,
             left=left,
             color=CATEGORY_COLOURS[category],
-            label=category.replace("_", " "),
+            label=_category_name(category),
             height=0.65,
         )
         left += sizes
@@ -349,8 +356,7 @@ def breakdown(table: pd.DataFrame, *, title: str, note: str = "") -> Figure:
     axis.grid(False)
     axis.set(xlabel="MiB at the peak", title=title, xlim=(0, 1.1 * left.max()))
     figure.legend(ncols=6, fontsize=8.5, loc="outside lower left", columnspacing=1, handlelength=1)
-    if note:
-        figure.supxlabel(note, fontsize=8.5, color=GREY, x=0.01, ha="left")
+    _note(figure, note)
     return figure
 
 
@@ -367,7 +373,7 @@ def anatomy(
             np.arange(1, len(steps) + 1),
             *sizes.values(),
             colors=[CATEGORY_COLOURS[c] for c in CATEGORIES],
-            labels=[c.replace("_", " ") for c in CATEGORIES],
+            labels=[_category_name(c) for c in CATEGORIES],
             step="post",
             lw=0,
         )
@@ -389,9 +395,13 @@ def anatomy(
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, ncols=6, fontsize=9, loc="outside lower left", columnspacing=1)
     figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
-    if note:
-        figure.supxlabel(note, fontsize=8.5, color=GREY, x=0.01, ha="left")
+    _note(figure, note)
     return figure
+
+
+def _category_name(category: str) -> str:
+    names = {"optimizer_state": "Adam's moments", "inputs": "inputs, cached data"}
+    return names.get(category, category)
 
 
 def predicted_and_measured(table: pd.DataFrame, *, title: str) -> Figure:
@@ -439,6 +449,5 @@ def points(
         )
     axis.margins(x=0.3, y=0.2)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    if note:
-        figure.supxlabel(note, fontsize=8.5, color=GREY, x=0.01, ha="left")
+    _note(figure, note)
     return figure

@@ -7,6 +7,7 @@ import hashlib
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -122,12 +123,19 @@ class NGram:
         return torch.tensor(rows).log()
 
 
-def generate(guess, start: str, length: int, window: int, seed: int = 0) -> str:
+def generate(
+    guess: Callable[[torch.Tensor], torch.Tensor],
+    start: str,
+    length: int,
+    window: int,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> str:
     """`length` characters after `start`, drawn one by one from guess((1, window * 30)) logits."""
     generator = torch.Generator().manual_seed(seed)
     codes = encode(start.rjust(window))
     for _ in range(length):
         row = nn.functional.one_hot(codes[-window:], len(SYMBOLS)).flatten()[None].float()
-        drawn = torch.multinomial(guess(row).softmax(1)[0].cpu(), 1, generator=generator)
+        drawn = torch.multinomial(guess(row.to(device)).softmax(1)[0].cpu(), 1, generator=generator)
         codes = torch.cat([codes, drawn])
     return decode(codes[-length:])

@@ -53,7 +53,7 @@ def softplus_loss(x: torch.Tensor, positive: bool) -> tuple[torch.Tensor, torch.
 
 
 def probabilistic_loss(x: torch.Tensor, positive: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The seed's `probabilistic_loss_fn`, kept as it is: -log p for positives, +log p for negatives.
+    """The seed's `probabilistic_loss_fn` as it is: -log p for positives, +log p for negatives.
 
     Its gradient for negatives vanishes where it should be largest (goodness far above theta).
     """
@@ -217,7 +217,7 @@ class LocalSoftmax(nn.Module):
         self.optimizer = Adam(self, ["weight", "bias"])
 
     def forward(self, activities: list[torch.Tensor]) -> torch.Tensor:
-        """Normalised activities of the first layers, each (rows, width) -> logits (rows, classes)."""
+        """Activities of the first layers, each (rows, width), normalised -> (rows, classes)."""
         logits = self.bias.expand(len(activities[0]), -1)
         blocks = self.weight.split(self.widths, dim=1)
         for h, gain, block in zip(activities, self.gains, blocks, strict=False):

@@ -10,6 +10,7 @@ cuda       peak of PyTorch's CUDA allocator in a fresh process
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from ff_utils import checks, paths, progress
 from ff_utils.networks import ForwardForward, backprop_network
-from ff_utils.training import backprop_step
+from ff_utils.training import backprop_step, forward_forward_step
 
 INSTRUMENTS = ("simulated", "tracked", "rss", "cuda")
 CATEGORIES = (
@@ -43,6 +44,9 @@ CATEGORIES = (
 CLASSES = 10
 PIXELS = 784
 FLOAT = 4  # bytes
+# Have the C library give freed blocks back to the system at once, so that a process's peak is
+# what it needed and not what its allocator kept.
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 # The seed keeps a positive and a negative copy of MNIST's training set on the device.
 SEED_DATASET_ROWS = 120_000
 
@@ -115,6 +119,7 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def peak_bytes(self) -> int:
+        """Bytes live at the peak."""
         return sum(self.peak.values())
 
     def _forget(self, key: int) -> None:
@@ -126,6 +131,7 @@ class LiveBytes(TorchDispatchMode):
             self.peak = dict(self.live)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Run one operation and count what it returns."""
         result = function(*args, **(kwargs or {}))
         in_backward = torch._C._current_graph_task_id() != -1
         category = "temporaries" if in_backward or self._in_optimizer else "activations"
@@ -168,23 +174,13 @@ class Arm:
         live.gradients_of(self.network)
 
 
-def build(arm: str, depth: int, hidden: int, batch: int, device: str = "cpu") -> Arm:
-    """The arm called `arm`: `depth` hidden layers of `hidden` units, `batch` rows a step.
-
-    A row is one input of 784 numbers; Forward-Forward's rows are half positive, half negative.
-    """
-    checks.one_of("arm", arm, ARMS)
-    checks.number("depth", depth, 1, whole=True)
-    checks.number("hidden", hidden, 1, whole=True)
-    checks.number("batch", batch, 2, whole=True)
-    return ARMS[arm].build(depth, hidden, batch, device)
-
-
-def _backprop(depth: int, hidden: int, batch: int, device: str) -> Arm:
+def backprop_arm(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+) -> Arm:
     """Plain backprop: every activation kept, gradients freed right after the optimizer step."""
-    network = backprop_network(PIXELS, CLASSES, [hidden] * depth, device=device)
-    optimizer = torch.optim.Adam(network.parameters(), fused=True)
-    images, labels = _batch(batch, device)
     return Arm(
         network=network,
         train=lambda mark: backprop_step(network, optimizer, images, labels),
@@ -194,8 +190,33 @@ def _backprop(depth: int, hidden: int, batch: int, device: str) -> Arm:
     )
 
 
+def forward_forward_arm(
+    network: ForwardForward, images: torch.Tensor, labels: torch.Tensor, negatives: str
+) -> Arm:
+    """A whole FF training step as `training` makes it: guess, negatives, softmax, all layers."""
+    generator = torch.Generator().manual_seed(0)
+    return Arm(
+        network=network,
+        train=lambda mark: forward_forward_step(
+            network, images, labels, None, negatives, 1e-3, generator
+        ),
+        evaluate=lambda: network.predict(images),
+        resident={
+            "optimizer_state": [b for name, b in network.named_buffers() if name != "gradient"],
+            "gradients": [network.gradient],
+            "inputs": [images, labels],
+        },
+    )
+
+
+def _backprop(depth: int, hidden: int, batch: int, device: str) -> Arm:
+    network = backprop_network(PIXELS, CLASSES, [hidden] * depth, device=device)
+    optimizer = torch.optim.Adam(network.parameters(), fused=True)
+    return backprop_arm(network, optimizer, *_batch(batch, device))
+
+
 def _backprop_seed(depth: int, hidden: int, batch: int, device: str) -> Arm:
-    """Backprop as the seed has it: normalisation in the stack, old gradients kept in the forward."""
+    """Backprop as the seed has it: normalisation layers, old gradients kept in the forward."""
     network = backprop_network(PIXELS, CLASSES, [hidden] * depth, normalised=True, device=device)
     optimizer = torch.optim.Adam(network.parameters())
     images, labels = _batch(batch, device)
@@ -324,14 +345,17 @@ class Sizes:
 
     @property
     def logits(self) -> int:
+        """One number a row and class."""
         return FLOAT * self.batch * CLASSES
 
     @property
     def images(self) -> int:
+        """The input: batch x pixels."""
         return FLOAT * self.batch * PIXELS
 
     @property
     def labels(self) -> int:
+        """One int64 a row."""
         return 8 * self.batch
 
     def layer(self, number: int) -> int:
@@ -347,6 +371,7 @@ class Sizes:
 
     @property
     def classifier(self) -> int:
+        """Weights and biases of the last linear layer."""
         return FLOAT * (self.hidden * CLASSES + CLASSES)
 
 
@@ -525,10 +550,18 @@ def measure(
     report = Report(arm, depth, hidden, batch, instrument, None, sum(predicted.values()))
     if instrument in ("simulated", "tracked"):
         return _count(report)
-    command = [sys.executable, "-m", "ff_utils.memory", "--json", "--instrument", instrument]
+    command = [sys.executable, "-m", "ff_utils.memory", "--here", "--json"]
+    command += ["--instrument", instrument]
     command += ["--arm", arm, "--depth", str(depth), "--hidden", str(hidden)]
     command += ["--batch", str(batch)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT, check=False)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=paths.ROOT,
+        env=os.environ | RETURN_FREED_MEMORY,
+        check=False,
+    )
     if done.returncode == 0:
         return Report(**json.loads(done.stdout))
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -562,7 +595,7 @@ def timeline(arm: str, *, depth: int, hidden: int, batch: int) -> list[tuple[str
     """Live bytes by category after every operation of one training step, simulated."""
     _check(arm, depth, hidden, batch, "simulated")
     with FakeTensorMode():
-        live = _warm_and_watch(ARMS[arm].build(depth, hidden, batch, "cpu"))
+        live = watch_step(ARMS[arm].build(depth, hidden, batch, "cpu"))
     return live.timeline
 
 
@@ -577,8 +610,11 @@ def _check(arm: str, depth: int, hidden: int, batch: int, instrument: str) -> di
     return predict(arm, depth, hidden, batch)
 
 
-def _warm_and_watch(arm: Arm) -> LiveBytes:
-    """Run one step unwatched (it makes the optimizer's state), then one watched."""
+def watch_step(arm: Arm) -> LiveBytes:
+    """Run one step unwatched (it makes the optimizer's state), then one watched.
+
+    The result's `peak`, `peak_bytes` and `timeline` tell of the second.
+    """
     arm.train(lambda tensors, category: None)
     live = LiveBytes()
     arm.watch(live)
@@ -592,7 +628,7 @@ def _count(report: Report) -> Report:
     simulated = report.instrument == "simulated"
     with FakeTensorMode() if simulated else nullcontext():
         arm = ARMS[report.arm].build(report.depth, report.hidden, report.batch, "cpu")
-        live = _warm_and_watch(arm)
+        live = watch_step(arm)
         report.peak_bytes, report.breakdown = live.peak_bytes, live.peak
         with live:
             live.restart()
@@ -675,24 +711,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=5000, help="rows in a step")
     parser.add_argument("--instrument", default="simulated", help=", ".join(INSTRUMENTS))
     parser.add_argument("--json", action="store_true", help="one JSON object, in bytes")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     sizes = {"depth": options.depth, "hidden": options.hidden, "batch": options.batch}
     try:
         predicted = _check(options.arm, **sizes, instrument=options.instrument)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
-    report = Report(
-        options.arm,
-        **sizes,
-        instrument=options.instrument,
-        peak_bytes=None,
-        predicted_bytes=sum(predicted.values()),
-    )
-    counted = options.instrument in ("simulated", "tracked")
-    report = _count(report) if counted else _run_here(report)
+    if options.here:  # the fresh process that `measure` started
+        report = Report(
+            options.arm,
+            **sizes,
+            instrument=options.instrument,
+            peak_bytes=None,
+            predicted_bytes=sum(predicted.values()),
+        )
+        report = _run_here(report)
+    else:
+        report = measure(options.arm, **sizes, instrument=options.instrument)
     if options.json:
         print(json.dumps(asdict(report)))
         return
+    if report.error:
+        parser.exit(1, f"error: {options.arm} gave no number: {report.error}\n")
     print(f"{options.arm}: {sizes} ({options.instrument}, float32, Adam)\n")
     print(f"{'':24}{'measured':>14}{'closed form':>14}")
     for category in CATEGORIES:

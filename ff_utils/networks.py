@@ -173,4 +173,5 @@ class RowNormalisation(nn.Module):
     """Each row to length 1: (rows, width) -> (rows, width)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Divide by the norm."""
         return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-8)

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import subprocess
-import sys
+import textwrap
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -23,7 +23,6 @@ SCHEMA = 1
 KEYS = {"schema", "notebook", "profile", "parameters", "data", "metrics", "provenance"}
 PACKAGES = ("torch", "numpy", "pandas", "papermill")
 INTERACTIVE = "interactive"  # the profile of a notebook run by hand
-TABLE_BEGIN, TABLE_END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
 @dataclass
@@ -92,8 +91,14 @@ def record_path(notebook: str, profile: str) -> Path:
 
 
 def read(notebook: str, profile: str) -> dict:
-    """A checked record; ValueError with what to do where it is missing or not whole."""
+    """A checked record; ValueError with what to do where it is missing or not whole.
+
+    Run by hand, a notebook reads the default profile's records of those not run by hand.
+    """
     path = record_path(notebook, profile)
+    if profile == INTERACTIVE and not path.exists():
+        profile = "default"
+        path = record_path(notebook, profile)
     place = paths.relative(path)
     remedy = f"run `make {notebook[:2]} PROFILE={profile}`"
     try:
@@ -156,8 +161,8 @@ def footer(record: dict) -> None:
     print(f"versions  Python {made['python']}, " + ", ".join(f"{p} {made[p]}" for p in PACKAGES))
     print(f"device    {made['device']}, {made['threads']} threads, {made['system']}")
     print(f"time      {made['wall_seconds']:.0f} s")
-    for name, value in record["parameters"].items():
-        print(f"parameter {name} = {value!r}")
+    given = ", ".join(f"{name}={value!r}" for name, value in record["parameters"].items())
+    print(textwrap.fill(given, 96, initial_indent="given     ", subsequent_indent=" " * 10))
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -62,7 +62,9 @@ def train_forward_forward(
             start, losses, count = time.perf_counter(), 0, 0
             for images, labels in batches(data, batch_size, generator):
                 rate = learning_rate * _decayed(done / steps, decay)
-                losses = losses + _step(network, images, labels, stage, negatives, rate, generator)
+                losses = losses + forward_forward_step(
+                    network, images, labels, stage, negatives, rate, generator
+                )
                 done, count = done + 1, count + 1
             mean = (losses / count).tolist()
             seconds = time.perf_counter() - start
@@ -82,7 +84,7 @@ def train_forward_forward(
     return pd.DataFrame(rows)
 
 
-def _step(
+def forward_forward_step(
     network: ForwardForward,
     images: torch.Tensor,
     labels: torch.Tensor,
@@ -91,7 +93,10 @@ def _step(
     learning_rate: float,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """One batch through the softmax and the layers; returns their losses (trained + 1,)."""
+    """One batch through the softmax and the layers; returns their losses (trained + 1,).
+
+    stage: the one layer to train, from 0; None for all of them.
+    """
     depth = len(network.layers) if stage is None else stage + 1
     neutral = network.activities(network.inputs(images, None), depth)
     logits = network.softmax(neutral)

@@ -1,0 +1,126 @@
+"""The README's numbers, written from the default profile's records."""
+
+import re
+
+from ff_utils import paths, results
+from ff_utils.memory import ARMS, format_bytes
+
+NOTEBOOKS = (
+    "01_algorithm_walkthrough",
+    "02_ff_training",
+    "03_ff_language_model",
+    "04_backprop_baseline",
+    "05_memory_profiling",
+    "06_figures",
+)
+
+
+def tables() -> dict[str, str]:
+    """The generated blocks of README by name: findings, results, time."""
+    records = {name: results.read(name, "default") for name in NOTEBOOKS}
+    return {
+        "findings": _findings(records),
+        "results": _results(records),
+        "time": _time(records),
+    }
+
+
+def filled(text: str) -> str:
+    """`text` with what stands between `<!-- NAME -->` and `<!-- end NAME -->` made anew."""
+    for name, block in tables().items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
+        if not re.search(pattern, text, flags=re.DOTALL):
+            raise ValueError(f"README.md has no place marked <!-- {name} -->; put it back.")
+        text = re.sub(
+            pattern, lambda found, b=block: f"{found[1]}{b}\n{found[2]}", text, flags=re.DOTALL
+        )
+    return text
+
+
+def write_tables() -> None:
+    """Fill README.md from the records."""
+    path = paths.ROOT / "README.md"
+    results.write_atomically(path, filled(path.read_text(encoding="utf-8")))
+
+
+def _findings(records: dict[str, dict]) -> str:
+    ff, language, backprop, memory = (records[name]["metrics"] for name in NOTEBOOKS[1:5])
+    slopes = {arm: slope / 1e6 for arm, slope in memory["slopes"].items()}
+    peaks = {(row["arm"], row["depth"]): row["peak_bytes"] for row in memory["simulated"]}
+    depth = max(depth for _, depth in peaks)
+    shallow = min(depth for _, depth in peaks)
+    first = format_bytes(peaks["ff_seed", shallow])
+    lines = [
+        f"**FF saves activations, not weights.** At 2000 units and 5000 rows a step, a layer costs "
+        f"plain backprop {slopes['backprop']:.0f} MB and FF {slopes['ff_resident']:.0f} MB "
+        f"(10^6 bytes). At {depth} layers that is "
+        f"{format_bytes(peaks['backprop', depth])} against "
+        f"{format_bytes(peaks['ff_resident', depth])}: {memory['saved_at_last_depth']:.0%} less.",
+        f"**The seed's FF does not save that.** It caches the data set's activations on the device "
+        f"and starts at {first}; with {format_bytes(peaks['ff_seed', depth])} at {depth} layers it "
+        f"needs more than a plain backprop network does. It overtakes only the seed's own baseline "
+        f"({slopes['backprop_seed']:.0f} MB a layer, for its normalisation layers), from "
+        f"{memory['seed_crossing']} layers on.",
+        f"**It costs accuracy and time.** On MNIST FF reaches {ff['test_error']:.2%} test error "
+        f"where backprop reaches {backprop['test_error']:.2%} in as many epochs, each "
+        f"{backprop['ff_time_ratio']:.1f} times as long.",
+        f"**It extends to text, and loses there.** Perplexity on held-out fables: FF "
+        f"{language['perplexity']:.2f}, the same network by backprop "
+        f"{language['backprop_perplexity']:.2f}, n-grams {language['ngram_perplexity']:.2f}.",
+    ]
+    return "\n".join(f"{number}. {line}" for number, line in enumerate(lines, start=1))
+
+
+def _results(records: dict[str, dict]) -> str:
+    ff, language, backprop, memory = (records[name]["metrics"] for name in NOTEBOOKS[1:5])
+    seven = {r["arm"]: r["peak_bytes"] for r in memory["simulated"] if r["depth"] == 7}
+    deepest = max(row["depth"] for row in memory["simulated"])
+    deep = {r["arm"]: r["peak_bytes"] for r in memory["simulated"] if r["depth"] == deepest}
+    trained = records["02_ff_training"]
+    sizes = "x".join(map(str, trained["parameters"]["hidden"]))
+    epochs = trained["parameters"]["epochs"]
+    lines = [
+        "| | FF | backprop |",
+        "|---|---|---|",
+        f"| MNIST test error, {sizes}, {epochs} epochs | {ff['test_error']:.2%} by softmax, "
+        f"{ff['test_error_by_goodness'][-1]:.2%} by goodness | {backprop['test_error']:.2%} |",
+        f"| seconds an epoch | {ff['seconds_an_epoch']:.1f} | {backprop['seconds_an_epoch']:.1f} |",
+        f"| perplexity on held-out fables | {language['perplexity']:.2f} | "
+        f"{language['backprop_perplexity']:.2f} |",
+        "",
+        f"| peak memory of a step, 2000 units, 5000 rows | a layer | 7 layers | {deepest} layers |",
+        "|---|---|---|---|",
+    ]
+    for arm, slope in memory["slopes"].items():
+        lines.append(
+            f"| {ARMS[arm].title} | {slope / 1e6:.0f} MB | {seven[arm] / 1e6:.0f} MB | "
+            f"{deep[arm] / 1e6:,.0f} MB |"
+        )
+    made = trained["provenance"]
+    data = trained["data"]
+    lines += [
+        "",
+        f"Measured with: {made['device']}, {made['threads']} threads, {made['machine']} "
+        f"{made['system']}, torch {made['torch']}; {data['name']} (sha256 "
+        f"{data['checksum'][:12]}), {data['train']:,} training images of which a sixth validates; "
+        f"seed {trained['parameters']['seed']}; MB is 10^6 bytes, memory simulated and equal to "
+        "the byte to the tracked run.",
+    ]
+    return "\n".join(lines)
+
+
+def _time(records: dict[str, dict]) -> str:
+    made = records["02_ff_training"]["provenance"]
+    minutes = sum(r["provenance"]["wall_seconds"] for r in records.values()) / 60
+    test_error = records["02_ff_training"]["metrics"]["test_error"]
+    other = records["04_backprop_baseline"]["metrics"]["test_error"]
+    return "\n".join(
+        [
+            "| hardware | profile | notebooks take | expect on MNIST |",
+            "|---|---|---|---|",
+            "| any laptop | smoke | under 3 minutes | nothing: digits and tiny networks |",
+            f"| {made['threads']} CPU cores | default | {minutes:.0f} minutes | FF "
+            f"{test_error:.1%}, backprop {other:.1%}, each within 0.3 points |",
+            "| a GPU | paper | not measured yet | not measured yet |",
+        ]
+    )
