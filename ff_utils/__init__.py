@@ -1,5 +1,5 @@
 """Forward-Forward in PyTorch, trained and weighed against backpropagation.
 
-Modules, each importing only those before it: checks, paths, datasets, pairs,
-layers, networks, training, memory, results, figures, pipeline.
+Modules, each importing only those before it: checks, paths, files, progress,
+datasets, pairs, layers, networks, training, language, memory, results, figures, readme, pipeline.
 """

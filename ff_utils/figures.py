@@ -1,7 +1,8 @@
 """Figures in one style: backprop blue, Forward-Forward orange, the seed's versions pale."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -33,8 +34,8 @@ SERIES = [ORANGE, BLUE, "#5b5f97", "#2a8c82", "#b8336a", GREY]
 DPI = 140
 
 
-def use_style() -> None:
-    """Set the one style that every figure has."""
+def start(folder: Path) -> Callable[[Figure, str, str], None]:
+    """Set the one style that every figure has; returns `show` for figures kept in `folder`."""
     sns.set_theme(
         context="notebook",
         style="ticks",
@@ -59,6 +60,7 @@ def use_style() -> None:
             "font.family": "DejaVu Sans",
         },
     )
+    return partial(show, folder=folder)
 
 
 def show(figure: Figure, name: str, alt: str, folder: Path) -> None:
@@ -167,15 +169,13 @@ def curves(
     series: dict[str, pd.DataFrame],
     x: str,
     y: str,
-    *,
     title: str,
-    xlabel: str,
     ylabel: str,
     colours: Sequence[str] = SERIES,
     log: bool = False,
     percent: bool = True,
 ) -> Figure:
-    """One line a table, labelled at its end."""
+    """One line a table, labelled at its end; x is "epoch" or "elapsed" (seconds)."""
     figure, axis = plt.subplots(figsize=(7.2, 3.8))
     ends = []
     for (name, table), colour in zip(series.items(), colours, strict=False):
@@ -189,6 +189,7 @@ def curves(
         axis.tick_params(axis="y", which="minor", labelsize=8)
     if x == "epoch":
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    xlabel = {"elapsed": "seconds of training, evaluation apart"}.get(x, x)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     _label_ends(axis, ends)
     return figure
@@ -224,7 +225,6 @@ def _label_ends(axis: plt.Axes, ends: list[tuple[float, float, str, str]]) -> No
 
 def bars(
     values: dict[str, float],
-    *,
     title: str,
     xlabel: str,
     colours: Sequence[str],
@@ -404,7 +404,7 @@ def _category_name(category: str) -> str:
     return names.get(category, category)
 
 
-def predicted_and_measured(table: pd.DataFrame, *, title: str) -> Figure:
+def predicted_and_measured(table: pd.DataFrame, title: str) -> Figure:
     """Every measured peak against its closed form, one panel an instrument, with y = x."""
     instruments = list(table.instrument.unique())
     figure, axes = plt.subplots(
@@ -431,7 +431,7 @@ def predicted_and_measured(table: pd.DataFrame, *, title: str) -> Figure:
 
 
 def points(
-    table: pd.DataFrame, x: str, y: str, *, title: str, xlabel: str, ylabel: str, note: str = ""
+    table: pd.DataFrame, x: str, y: str, title: str, xlabel: str, ylabel: str, note: str = ""
 ) -> Figure:
     """Named points (columns name, colour): error against memory, say."""
     figure, axis = plt.subplots(figsize=(7.2, 4))

@@ -139,3 +139,17 @@ def generate(
         drawn = torch.multinomial(guess(row.to(device)).softmax(1)[0].cpu(), 1, generator=generator)
         codes = torch.cat([codes, drawn])
     return decode(codes[-length:])
+
+
+def diary(
+    guess: Callable[[torch.Tensor], torch.Tensor], data: Dataset, start: str, rows: list[dict]
+) -> Callable[[dict], None]:
+    """A function to call after each epoch: adds held-out perplexity and forty characters that
+    `guess` writes after `start` to `rows`."""
+
+    def write(epoch: dict) -> None:
+        found = perplexity(guess(data.test_images), data.test_labels)
+        sample = generate(guess, start, 40, data.shape[0], device=data.test_images.device)
+        rows.append({"epoch": epoch["epoch"], "perplexity": found, "sample": sample})
+
+    return write

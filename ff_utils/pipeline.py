@@ -3,6 +3,8 @@
 `python -m ff_utils.pipeline run NOTEBOOK --profile smoke --output FILE`
 `python -m ff_utils.pipeline html NOTEBOOK --output FILE`
 `python -m ff_utils.pipeline publish`
+
+Heavy packages are imported where they are used: make starts a process for every notebook.
 """
 
 import argparse
@@ -16,13 +18,9 @@ from html import escape
 from pathlib import Path
 
 import nbformat
-import papermill
 import yaml
-from latex2mathml.converter import convert as to_mathml
-from nbclient.exceptions import DeadKernelError
-from nbconvert import HTMLExporter
 
-from ff_utils import paths, results
+from ff_utils import files, paths
 
 
 class PipelineError(RuntimeError):
@@ -46,7 +44,7 @@ def profile_parameters(profile: str, notebook: str) -> dict:
 
 def check_parameters(notebook: str, parameters: dict) -> None:
     """PipelineError for a parameter the notebook does not have (papermill only warns)."""
-    known = results.parameter_names(notebook)
+    known = files.parameter_names(notebook)
     _refuse_unknown(f"{notebook} is given the parameter", parameters, known)
 
 
@@ -64,6 +62,9 @@ def run(notebook: Path, profile: str, output: Path, overrides: dict | None = Non
     The cells run in a temporary copy, renamed on success; a failed copy is kept as
     `NAME.failed.ipynb` for reading. Raises PipelineError.
     """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
     parameters = profile_parameters(profile, notebook.stem) | (overrides or {})
     check_parameters(notebook.stem, parameters)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -103,6 +104,8 @@ def _failure(notebook: Path, temporary: Path, failed: Path, reason: str) -> Pipe
 def html(notebook: Path, output: Path) -> None:
     """Render an executed notebook as one HTML file that needs no network: images, alt text and
     equations (as MathML) are inside it."""
+    from nbconvert import HTMLExporter
+
     cells = nbformat.read(notebook, 4)
     descriptions, equations = [], []
     for cell in cells.cells:
@@ -125,11 +128,13 @@ def html(notebook: Path, output: Path) -> None:
     body = re.sub(r"<title>.*?</title>", title, body, count=1)
     # Links between notebooks stay among the rendered pages.
     body = re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', body)
-    results.write_atomically(output, body)
+    files.write_atomically(output, body)
 
 
 def _take_equations(markdown: str, equations: list[str]) -> str:
     """Markdown with a mark in place of each $$...$$ and $...$, whose MathML joins `equations`."""
+
+    from latex2mathml.converter import convert as to_mathml
 
     def take(found: re.Match) -> str:
         block = found[1] is not None
@@ -148,7 +153,7 @@ def publish() -> None:
         if not executed.exists():
             raise PipelineError(f"{paths.relative(executed)} is missing: run `make reproduce`.")
         published = with_outputs(nbformat.read(source, 4), nbformat.read(executed, 4))
-        results.write_atomically(source, notebook_text(published))
+        files.write_atomically(source, notebook_text(published))
         # The executed copy is as new as its source: make has nothing to do again.
         executed.touch()
         executed.with_suffix(".html").touch()

@@ -2,7 +2,7 @@
 
 import re
 
-from ff_utils import paths, results
+from ff_utils import files, paths, results
 from ff_utils.memory import ARMS, format_bytes
 
 NOTEBOOKS = (
@@ -40,7 +40,7 @@ def filled(text: str) -> str:
 def write_tables() -> None:
     """Fill README.md from the records."""
     path = paths.ROOT / "README.md"
-    results.write_atomically(path, filled(path.read_text(encoding="utf-8")))
+    files.write_atomically(path, filled(path.read_text(encoding="utf-8")))
 
 
 def _findings(records: dict[str, dict]) -> str:

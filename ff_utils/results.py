@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from papermill import inspect_notebook
 
-from ff_utils import checks, paths
+from ff_utils import files, paths
 from ff_utils.datasets import Dataset
 
 SCHEMA = 1
@@ -63,7 +62,7 @@ class Run:
             "provenance": provenance()
             | {"wall_seconds": round(time.perf_counter() - self.started, 1)},
         }
-        write_atomically(record_path(self.notebook, self.profile), _text(record))
+        files.write_atomically(record_path(self.notebook, self.profile), _text(record))
         return record
 
 
@@ -72,17 +71,10 @@ def start(notebook: str, values: dict) -> Run:
 
     Raises ValueError for a notebook name that does not exist.
     """
-    parameters = {name: values[name] for name in parameter_names(notebook)}
+    parameters = {name: values[name] for name in files.parameter_names(notebook)}
     torch.manual_seed(parameters.get("seed", 0))
     profile = parameters.pop("profile", INTERACTIVE)
     return Run(notebook, profile, parameters)
-
-
-def parameter_names(notebook: str) -> list[str]:
-    """Names in the cell tagged `parameters` of a notebook, in order."""
-    path = paths.NOTEBOOKS / f"{notebook}.ipynb"
-    checks.one_of("notebook", notebook, sorted(p.stem for p in paths.NOTEBOOKS.glob("*.ipynb")))
-    return list(inspect_notebook(str(path)))
 
 
 def record_path(notebook: str, profile: str) -> Path:
@@ -163,17 +155,6 @@ def footer(record: dict) -> None:
     print(f"time      {made['wall_seconds']:.0f} s")
     given = ", ".join(f"{name}={value!r}" for name, value in record["parameters"].items())
     print(textwrap.fill(given, 96, initial_indent="given     ", subsequent_indent=" " * 10))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or none: to a temporary name beside it, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _text(record: dict) -> str:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 
 import pandas as pd
 import torch
@@ -113,6 +114,39 @@ def forward_forward_step(
         h = network.activities(h, stage)[-1] if stage > 0 else h
         _, losses = network.layers[stage].step(h, len(labels), learning_rate, network.gradient)
     return torch.cat([losses.reshape(-1), softmax_loss[None]])
+
+
+def compare_choices(
+    data: Dataset, hidden: list[int], network: dict, *, seeds: int, **settings: object
+) -> pd.DataFrame:
+    """Train one network for every schedule, kind of negatives and seed; one row a run.
+
+    network: settings of `ForwardForward`; settings: of `train_forward_forward`.
+    Columns: schedule, negatives, seed, error, seconds.
+    """
+    runs = list(product(SCHEDULES, pairs.NEGATIVES, range(seeds)))
+    rows = []
+    for schedule, negatives, seed in progress.track(runs, "run"):
+        trial = ForwardForward(data.pixels, data.classes, hidden, seed=seed, **network)
+        kept = train_forward_forward(
+            trial,
+            data,
+            schedule=schedule,
+            negatives=negatives,
+            seed=seed,
+            quiet=True,
+            **settings,
+        )
+        rows.append(
+            {
+                "schedule": schedule,
+                "negatives": negatives,
+                "seed": seed,
+                "error": kept.error.iloc[-1],
+                "seconds": kept.seconds.sum(),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def softmax_error(network: ForwardForward, data: Dataset, depth: int | None = None) -> float:

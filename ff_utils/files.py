@@ -1,0 +1,31 @@
+"""Files read and written whole: the parameters of a notebook, and atomic writes."""
+
+import ast
+import json
+import os
+from pathlib import Path
+
+from ff_utils import checks, paths
+
+
+def parameter_names(notebook: str) -> list[str]:
+    """Names in the cell tagged `parameters` of a notebook, in order; ValueError without one."""
+    known = sorted(path.stem for path in paths.NOTEBOOKS.glob("*.ipynb"))
+    checks.one_of("notebook", notebook, known)
+    text = (paths.NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8")
+    for cell in json.loads(text)["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            lines = ast.parse("".join(cell["source"])).body
+            return [line.target.id for line in lines if isinstance(line, ast.AnnAssign)]
+    raise ValueError(f"{notebook} has no cell tagged `parameters`; add one.")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole file or none: to a temporary name beside it, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
