@@ -80,7 +80,7 @@ def show(figure: Figure, name: str, alt: str, folder: Path) -> None:
 def _note(figure: Figure, text: str) -> None:
     """Say below a figure what its numbers were measured with."""
     if text:
-        figure.text(0.01, -0.01, text, fontsize=8.5, color=GREY, va="top")
+        figure.text(0.01, -0.06 / figure.get_figheight(), text, fontsize=8.5, color=GREY, va="top")
 
 
 # --- The algorithm --------------------------------------------------------------------------
@@ -355,7 +355,7 @@ def breakdown(table: pd.DataFrame, *, title: str, note: str = "") -> Figure:
     axis.invert_yaxis()
     axis.grid(False)
     axis.set(xlabel="MiB at the peak", title=title, xlim=(0, 1.1 * left.max()))
-    figure.legend(ncols=6, fontsize=8.5, loc="outside lower left", columnspacing=1, handlelength=1)
+    figure.legend(ncols=6, fontsize=8.5, loc="outside upper left", columnspacing=1, handlelength=1)
     _note(figure, note)
     return figure
 

@@ -245,7 +245,8 @@ def _ff_resident(depth: int, hidden: int, batch: int, device: str) -> Arm:
     return Arm(
         network=network.layers,
         train=lambda mark: network.step(images.clone(), batch // 2, 1e-3),
-        evaluate=lambda: network.predict(images, rows=min(1000, max(1, batch // 4))),
+        # One chunk of the batch: the next ones need no more.
+        evaluate=lambda: network.predict(images[: min(1000, max(1, batch // 4))]),
         resident={
             "optimizer_state": moments,
             "gradients": [network.gradient],
@@ -477,19 +478,21 @@ def _predict_ff_seed(depth: int, hidden: int, batch: int) -> dict[str, int]:
     """Four copies of the weights, and the data set's activations twice: in and out of a layer."""
     s = Sizes(depth, hidden, batch, label_inputs=CLASSES)
     below = hidden if depth > 1 else PIXELS + CLASSES
-    cached = FLOAT * SEED_DATASET_ROWS * (below + hidden) + s.row_vector
     last_part = SEED_DATASET_ROWS % batch or min(batch, SEED_DATASET_ROWS)
-    return _largest(
-        [
-            {
-                "parameters": s.layers(),
-                "gradients": s.layers(),
-                "optimizer_state": 2 * s.layers() + FLOAT * 2 * depth,
-                "activations": FLOAT * last_part * hidden,
-                "inputs": cached,
-            }
-        ]
-    )
+    stays = {
+        "parameters": s.layers(),
+        "gradients": s.layers(),
+        "optimizer_state": 2 * s.layers() + FLOAT * 2 * depth,
+    }
+    moments = []
+    # The last part of the data set, which may be short, or the whole one before it.
+    for part, done in ((last_part, 0), (min(batch, SEED_DATASET_ROWS), last_part)):
+        cached = SEED_DATASET_ROWS * below + (SEED_DATASET_ROWS - done - part) * hidden
+        moments.append(
+            stays
+            | {"activations": 2 * FLOAT * part * hidden, "inputs": FLOAT * cached + s.row_vector}
+        )
+    return _largest(moments[: 1 if last_part == SEED_DATASET_ROWS else 2])
 
 
 @dataclass(frozen=True)

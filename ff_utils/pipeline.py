@@ -64,6 +64,7 @@ def run(notebook: Path, profile: str, output: Path, overrides: dict | None = Non
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
+    from traitlets.config import Config
 
     parameters = profile_parameters(profile, notebook.stem) | (overrides or {})
     check_parameters(notebook.stem, parameters)
@@ -80,6 +81,7 @@ def run(notebook: Path, profile: str, output: Path, overrides: dict | None = Non
             kernel_name="python3",
             progress_bar=False,
             log_output=True,
+            config=Config({"KernelManager": {"transport": "ipc"}}),  # no ports to collide
         )
         temporary.replace(output)
         failed.unlink(missing_ok=True)

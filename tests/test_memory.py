@@ -1,0 +1,168 @@
+import json
+import random
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from ff_utils import memory
+from ff_utils.memory import ARMS, measure
+
+
+@pytest.mark.parametrize(("depth", "fake"), [(2, True), (7, True), (3, False)])
+def test_live_bytes_are_those_of_pytorchs_own_tracker(depth, fake):
+    with FakeTensorMode() if fake else nullcontext():
+        arm = ARMS["backprop"].build(depth, 200, 300, "cpu")
+        arm.train(lambda *_: None)
+        oracle = MemTracker()
+        oracle.track_external(arm.network, *arm.optimizers, *arm.resident["inputs"])
+        with oracle:
+            arm.train(lambda *_: None)
+    (snapshot,) = oracle.get_tracker_snapshot("peak").values()
+    instrument = "simulated" if fake else "tracked"
+    report = measure("backprop", depth=depth, hidden=200, batch=300, instrument=instrument)
+    assert report.peak_bytes == snapshot["Total"]
+
+
+def test_plain_backprop_needs_683_megabytes_at_7_layers_and_88_a_layer():
+    peaks = [measure("backprop", depth=d, hidden=2000, batch=5000).peak_bytes for d in (7, 12)]
+    assert round(peaks[0] / 1e6) == 683
+    assert round((peaks[1] - peaks[0]) / 5e6) == 88
+
+
+def test_forward_forward_needs_48_megabytes_a_layer():
+    peaks = [measure("ff_resident", depth=d, hidden=2000, batch=5000).peak_bytes for d in (7, 12)]
+    assert round((peaks[1] - peaks[0]) / 5e6) == 48
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_simulated_is_tracked_to_the_byte(arm, monkeypatch):
+    monkeypatch.setattr(memory, "SEED_DATASET_ROWS", 2000)
+    for depth, hidden, batch in ((1, 30, 40), (2, 100, 64), (5, 64, 300)):
+        sizes = {"depth": depth, "hidden": hidden, "batch": batch}
+        simulated = measure(arm, **sizes)
+        tracked = measure(arm, **sizes, instrument="tracked")
+        assert simulated.peak_bytes == tracked.peak_bytes
+        assert simulated.breakdown == tracked.breakdown
+        assert simulated.evaluation_peak_bytes == tracked.evaluation_peak_bytes
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_closed_form_is_within_one_percent_at_random_shapes(arm):
+    chosen = random.Random(arm)
+    for _ in range(12):
+        depth, hidden = chosen.randint(1, 20), chosen.randint(64, 3000)
+        batch = chosen.choice([chosen.randint(500, 5000), chosen.randint(5000, 20_000)])
+        report = measure(arm, depth=depth, hidden=hidden, batch=batch)
+        assert report.predicted_bytes == pytest.approx(report.peak_bytes, rel=0.01), (
+            depth,
+            hidden,
+            batch,
+        )
+
+
+def test_the_breakdown_adds_up_and_knows_what_each_arm_keeps():
+    report = measure("ff_resident", depth=4, hidden=300, batch=1000)
+    assert sum(report.breakdown.values()) == report.peak_bytes
+    weights = 4 * (784 * 300 + 3 * 300 * 300 + 4 * 300)
+    assert report.breakdown["parameters"] == weights
+    assert report.breakdown["optimizer_state"] == 2 * weights + 8 * 4
+    assert report.breakdown["gradients"] == 4 * 784 * 300
+    backprop = measure("backprop", depth=4, hidden=300, batch=5000)
+    assert backprop.breakdown["activations"] == pytest.approx(4 * 4 * 300 * 5000, rel=0.01)
+
+
+def test_the_seeds_cache_is_most_of_its_shallow_peak():
+    report = measure("ff_seed", depth=2, hidden=2000, batch=5000)
+    assert report.breakdown["inputs"] == pytest.approx(1.92e9, rel=0.03)
+    assert report.peak_bytes > 5 * measure("backprop", depth=2, hidden=2000, batch=5000).peak_bytes
+
+
+def test_evaluation_in_chunks_needs_less_than_training():
+    report = measure("ff_resident", depth=5, hidden=1000, batch=2000)
+    assert report.evaluation_peak_bytes < report.peak_bytes
+
+
+def test_the_timeline_ends_where_it_began_and_holds_the_peak():
+    steps = memory.timeline("ff_resident", depth=3, hidden=100, batch=500)
+    sizes = [sum(live.values()) for _, live in steps]
+    report = measure("ff_resident", depth=3, hidden=100, batch=500)
+    assert max(sizes) == report.peak_bytes
+    kept = report.breakdown
+    stays = kept["parameters"] + kept["optimizer_state"] + kept["gradients"] + kept["inputs"]
+    assert min(sizes) >= stays
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_fresh_process_measures_about_what_the_closed_form_says():
+    report = measure("backprop", depth=6, hidden=800, batch=3000, instrument="rss")
+    assert not report.error
+    assert report.peak_bytes == pytest.approx(report.predicted_bytes, rel=0.25)
+    assert report.evaluation_peak_bytes < report.peak_bytes
+    assert report.step_seconds > 0
+
+
+def test_a_process_that_dies_is_a_row_not_a_crash(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    report = measure("backprop", depth=2, hidden=20, batch=20, instrument="rss")
+    assert report.peak_bytes is None and "status 1" in report.error
+
+
+def test_a_sweep_has_a_row_for_every_arm_depth_and_instrument():
+    table = memory.sweep(
+        ["backprop", "ff_resident"],
+        [1, 2],
+        hidden=20,
+        batch=20,
+        instruments=["simulated", "tracked"],
+    )
+    assert len(table) == 8
+    assert (table[list(memory.CATEGORIES)].sum(axis=1) == table.peak_bytes).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"arm": "ff"}, "arm is 'ff'; choose one of: backprop"),
+        ({"instrument": "top"}, "instrument is 'top'; choose one of: simulated"),
+        ({"depth": 0}, "depth is 0"),
+        ({"hidden": 1.5}, "hidden is 1.5"),
+        ({"batch": 1}, "batch is 1"),
+    ],
+)
+def test_bad_sizes_and_names_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        measure(**({"arm": "backprop", "depth": 2, "hidden": 9, "batch": 9} | given))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_is_refused_in_one_sentence():
+    with pytest.raises(ValueError, match="there is no CUDA device; use 'simulated'"):
+        measure("backprop", depth=2, hidden=9, batch=9, instrument="cuda")
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "ff_utils.memory", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_prints_a_table_or_one_json_object():
+    sizes = ["--depth", "7", "--hidden", "2000", "--batch", "5000"]
+    table = run("--arm", "backprop", *sizes)
+    assert table.returncode == 0 and "651.4 MiB" in table.stdout
+    found = json.loads(run("--arm", "ff_resident", *sizes, "--json").stdout)
+    expected = {"arm", "depth", "hidden", "batch", "instrument"}
+    assert expected | {"peak_bytes", "predicted_bytes", "breakdown"} <= set(found)
+    assert sum(found["breakdown"].values()) == found["peak_bytes"]
+    wrong = run("--arm", "nothing")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: arm is 'nothing'")
+    assert len(wrong.stderr.splitlines()) == 1
+
+
+def test_bytes_are_written_in_binary_units():
+    shown = [memory.format_bytes(n) for n in (0, 1023, 1024, 716_177_408, 3 * 2**30)]
+    assert shown == ["0 B", "1023 B", "1.0 KiB", "683.0 MiB", "3.00 GiB"]

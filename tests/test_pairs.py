@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from ff_utils import pairs
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_random_negatives_are_never_true_and_every_wrong_label_is_as_likely():
+    labels = torch.arange(10).repeat(9000)
+    wrong = pairs.random_negatives(labels, 10, generator())
+    assert (wrong != labels).all() and wrong.min() == 0 and wrong.max() == 9
+    counts = torch.zeros(10, 10).index_put_((labels, wrong), torch.ones(90_000), accumulate=True)
+    off_diagonal = counts[~torch.eye(10, dtype=bool)]
+    assert (off_diagonal - 1000).abs().max() < 5 * 1000**0.5
+
+
+def test_two_classes_leave_one_wrong_label():
+    labels = torch.tensor([0, 1, 1])
+    assert pairs.random_negatives(labels, 2, generator()).tolist() == [1, 0, 0]
+    assert pairs.hard_negatives(torch.zeros(3, 2), labels, generator()).tolist() == [1, 0, 0]
+
+
+def test_hard_negatives_follow_the_softmax_without_the_true_label():
+    logits = torch.tensor([3.0, 1.0, 0.0, 2.0]).repeat(60_000, 1)
+    labels = torch.zeros(60_000, dtype=torch.long)
+    drawn = pairs.hard_negatives(logits, labels, generator())
+    assert (drawn != 0).all()
+    expected = torch.tensor([1.0, 0.0, 2.0]).softmax(0)
+    found = drawn.bincount(minlength=4)[1:] / 60_000
+    assert torch.allclose(found, expected, atol=0.01)
+
+
+@pytest.mark.parametrize("sure", [200.0, 1e4])
+def test_hard_negatives_are_wrong_however_sure_the_network_is(sure):
+    labels = torch.arange(10).repeat(500)
+    for towards in (labels, (labels + 3) % 10):
+        logits = torch.full((5000, 10), -sure).scatter(1, towards[:, None], sure)
+        drawn = pairs.hard_negatives(logits, labels, generator())
+        assert (drawn != labels).all() and drawn.min() >= 0 and drawn.max() <= 9
+
+
+def test_the_label_is_written_over_the_first_pixels_or_appended():
+    images = torch.rand(3, 20)
+    labels = torch.tensor([0, 4, 9])
+    kept = images.clone()
+    written = pairs.with_label(images, labels, 10, "pixels", scale=4.0)
+    assert torch.equal(images, kept)
+    assert torch.equal(written[:, 10:], images[:, 10:])
+    assert torch.equal(written[:, :10], 4.0 * torch.eye(10)[labels])
+    joined = pairs.with_label(images, labels, 10, "joined")
+    assert torch.equal(joined, torch.cat([images, torch.eye(10)[labels]], dim=1))
+
+
+def test_the_neutral_label_is_the_same_for_every_class():
+    neutral = pairs.with_label(torch.rand(2, 20), None, 10, "pixels", scale=4.0)
+    assert torch.allclose(neutral[:, :10], torch.full((2, 10), 0.4))
