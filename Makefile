@@ -8,7 +8,7 @@ READY     := $(VENV)/ready
 OUT       := build/$(PROFILE)
 NAMES     := $(basename $(notdir $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))))
 NUMBERS   := $(foreach name,$(NAMES),$(firstword $(subst _, ,$(name))))
-SOURCES   := $(wildcard ff_utils/*.py)
+SOURCES   := $(filter-out ff_utils/readme.py,$(wildcard ff_utils/*.py))
 PROFILES  := $(basename $(notdir $(wildcard notebooks/profiles/*.yaml)))
 
 ifeq ($(filter $(PROFILE),$(PROFILES)),)

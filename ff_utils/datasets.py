@@ -258,7 +258,10 @@ def read_idx(path: Path) -> np.ndarray:
 
 def main() -> None:
     """Fetch MNIST and say where it is (`make data`)."""
-    data = load("auto")
+    try:
+        data = load("auto")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     print(
         f"{data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test "
         f"images of {data.shape[0]}x{data.shape[1]}, sha256 {data.checksum[:12]}"

@@ -25,6 +25,7 @@ COLOURS = {
     "backprop": BLUE,
     "backprop_seed": PALE_BLUE,
     "ff_resident": ORANGE,
+    "ff_hard_negatives": "#8f2f0a",
     "ff_seed": PALE_ORANGE,
 }
 POSITIVE, NEGATIVE = "#2a8c82", "#a5528f"
@@ -80,7 +81,8 @@ def show(figure: Figure, name: str, alt: str, folder: Path) -> None:
 def _note(figure: Figure, text: str) -> None:
     """Say below a figure what its numbers were measured with."""
     if text:
-        figure.text(0.01, -0.06 / figure.get_figheight(), text, fontsize=8.5, color=GREY, va="top")
+        y = -0.06 / figure.get_figheight()
+        figure.text(0.01, y, text, fontsize=8.5, color=GREY, va="top")
 
 
 # --- The algorithm --------------------------------------------------------------------------
@@ -201,6 +203,7 @@ def _label_ends(axis: plt.Axes, ends: list[tuple[float, float, str, str]]) -> No
     axis.figure.canvas.draw()
     heights = [to_axes.transform(axis.transData.transform((x, y)))[1] for x, y, _, _ in ends]
     gap = 0.075 * 3.8 / axis.figure.get_figheight()
+    right = max(x for x, _, _, _ in ends)
     order = np.argsort(heights)
     placed: dict[int, float] = {}
     floor = -np.inf
@@ -209,6 +212,17 @@ def _label_ends(axis: plt.Axes, ends: list[tuple[float, float, str, str]]) -> No
         floor = placed[position]
     overflow = max(0.0, floor - 0.95)
     for position, (x, y, name, colour) in enumerate(ends):
+        if x < right:  # a line that ends early carries its name at its end
+            axis.annotate(
+                name,
+                (x, y),
+                xytext=(6, -12),
+                textcoords="offset points",
+                color=colour,
+                fontsize=10,
+                weight="bold",
+            )
+            continue
         axis.annotate(
             name,
             xy=(x, y),
@@ -348,6 +362,7 @@ def breakdown(table: pd.DataFrame, *, title: str, note: str = "") -> Figure:
             color=CATEGORY_COLOURS[category],
             label=_category_name(category),
             height=0.65,
+            lw=0,
         )
         left += sizes
     for row, total in enumerate(left):
@@ -376,6 +391,7 @@ def anatomy(
             labels=[_category_name(c) for c in CATEGORIES],
             step="post",
             lw=0,
+            rasterized=True,
         )
         total = sum(sizes.values())
         peak = int(total.argmax())
@@ -392,8 +408,9 @@ def anatomy(
         axis.set_title(ARMS[arm].title, color=COLOURS[arm], fontsize=11)
         axis.margins(y=0.12)
     axes[0, 0].set_ylabel("live memory (MiB)")
+    # The last panel is the flattest: its sky is free.
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=6, fontsize=9, loc="outside lower left", columnspacing=1)
+    axes[0, -1].legend(handles[::-1], labels[::-1], fontsize=9, loc="upper right")
     figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
     _note(figure, note)
     return figure
@@ -448,6 +465,7 @@ def points(
             weight="bold",
         )
     axis.margins(x=0.3, y=0.2)
+    axis.set_ylim(bottom=0)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     _note(figure, note)
     return figure

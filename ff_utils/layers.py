@@ -78,7 +78,7 @@ LOSSES = {
 def loss_function(name: str):
     """The loss called `name`, by our name or the seed's; ValueError for any other."""
     name = SEED_LOSSES.get(name, name)
-    checks.one_of("loss", name, [*LOSSES, *SEED_LOSSES])
+    checks.one_of("loss", name, LOSSES)
     return LOSSES[name]
 
 

@@ -255,6 +255,13 @@ def _ff_resident(depth: int, hidden: int, batch: int, device: str) -> Arm:
     )
 
 
+def _ff_hard_negatives(depth: int, hidden: int, batch: int, device: str) -> Arm:
+    """FF as notebook 2 trains it: a guess, hard negatives drawn from it, a softmax that learns."""
+    network = ForwardForward(PIXELS, CLASSES, [hidden] * depth, device=device)
+    images, labels = _batch(batch // 2, device)
+    return forward_forward_arm(network, images, labels, "hard")
+
+
 def _ff_seed(depth: int, hidden: int, batch: int, device: str) -> Arm:
     """FF as the seed has it: autograd in each layer, gradients kept, the data set's activations
     cached on the device, old and new together while the next layer's are made."""
@@ -474,6 +481,31 @@ def _predict_ff_resident(depth: int, hidden: int, batch: int) -> dict[str, int]:
     return _largest(moments)
 
 
+def _predict_ff_hard_negatives(depth: int, hidden: int, batch: int) -> dict[str, int]:
+    """As resident FF, or the guess's activities of all layers, for half as many rows."""
+    s = Sizes(depth, hidden, batch)
+    half = Sizes(depth, hidden, batch // 2)
+    softmax = FLOAT * (CLASSES * depth * hidden + CLASSES)
+    weights = s.layers() + softmax
+    stays = {
+        "parameters": weights,
+        "optimizer_state": 2 * weights + FLOAT * 2 * (depth + 1),
+        "gradients": max(s.layer(1), s.layer(min(depth, 2))) - FLOAT * hidden,
+        "inputs": half.images + half.labels,
+    }
+    labels = s.labels + half.labels
+    guess = depth * half.activation
+    moments = [
+        guess + half.row_vector + (half.images if depth == 1 else 0),
+        guess + 4 * half.logits + softmax + half.labels,
+        2 * s.images + 2 * s.logits + labels,
+        s.images + s.activation + 4 * s.row_vector + labels,
+    ]
+    if depth > 1:
+        moments.append(2 * s.activation + 4 * s.row_vector + labels)
+    return _largest([stays | {"activations": moment} for moment in moments])
+
+
 def _predict_ff_seed(depth: int, hidden: int, batch: int) -> dict[str, int]:
     """Four copies of the weights, and the data set's activations twice: in and out of a layer."""
     s = Sizes(depth, hidden, batch, label_inputs=CLASSES)
@@ -508,6 +540,9 @@ ARMS = {
     "backprop": ArmKind(_backprop, _predict_backprop, "backprop"),
     "backprop_seed": ArmKind(_backprop_seed, _predict_backprop_seed, "backprop (seed)"),
     "ff_resident": ArmKind(_ff_resident, _predict_ff_resident, "FF, analytic step"),
+    "ff_hard_negatives": ArmKind(
+        _ff_hard_negatives, _predict_ff_hard_negatives, "FF, hard negatives"
+    ),
     "ff_seed": ArmKind(_ff_seed, _predict_ff_seed, "FF (seed)"),
 }
 
@@ -516,6 +551,15 @@ def predict(arm: str, depth: int, hidden: int, batch: int) -> dict[str, int]:
     """Closed-form bytes by category at the training peak, float32 and Adam."""
     checks.one_of("arm", arm, ARMS)
     return ARMS[arm].predict(depth, hidden, batch)
+
+
+def crossing(lean: str, other: str, deepest: int, *, hidden: int, batch: int) -> int | None:
+    """The first depth from 2 on at which `lean` needs less than `other`, by the closed form."""
+    for depth in range(2, deepest + 1):
+        needs = [sum(predict(arm, depth, hidden, batch).values()) for arm in (lean, other)]
+        if needs[0] < needs[1]:
+            return depth
+    return None
 
 
 # --- Instruments ----------------------------------------------------------------------------

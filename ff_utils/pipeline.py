@@ -66,7 +66,9 @@ def run(notebook: Path, profile: str, output: Path, overrides: dict | None = Non
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
-    parameters = profile_parameters(profile, notebook.stem) | (overrides or {})
+    parameters = profile_parameters(profile, notebook.stem)
+    if overrides:  # not the profile's run any more: its record is kept apart
+        parameters |= {"profile": "interactive"} | overrides
     check_parameters(notebook.stem, parameters)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.ipynb")

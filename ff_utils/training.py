@@ -107,10 +107,12 @@ def forward_forward_step(
         wrong = pairs.random_negatives(labels, network.classes, generator)
     softmax_loss = network.softmax.step(neutral, logits, labels, learning_rate)
     del neutral
-    h = network.inputs(images.repeat(2, 1), torch.cat([labels, wrong]))
+    both = torch.cat([labels, wrong])
+    # The rows have no name here, so that they are freed once the first layer has used them.
     if stage is None:
-        losses = network.step(h, len(labels), learning_rate)
+        losses = network.step(network.inputs(images.repeat(2, 1), both), len(labels), learning_rate)
     else:
+        h = network.inputs(images.repeat(2, 1), both)
         h = network.activities(h, stage)[-1] if stage > 0 else h
         _, losses = network.layers[stage].step(h, len(labels), learning_rate, network.gradient)
     return torch.cat([losses.reshape(-1), softmax_loss[None]])

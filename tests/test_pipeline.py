@@ -42,6 +42,12 @@ def test_a_profiles_parameters_reach_the_notebook(house):
     assert [p.name for p in output.parent.iterdir()] == ["01_small.ipynb"]
 
 
+def test_a_run_with_other_parameters_does_not_write_the_profiles_record(house):
+    output = house / "build" / "01_small.ipynb"
+    pipeline.run(write(house, "print(profile, count)"), "quick", output, {"count": 7})
+    assert printed(output) == "interactive 7\n"
+
+
 def test_a_failed_notebook_is_kept_for_reading_and_the_old_output_stays(house):
     output = house / "build" / "01_small.ipynb"
     pipeline.run(write(house, "print('good')"), "quick", output)
