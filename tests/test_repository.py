@@ -128,7 +128,7 @@ def test_the_committed_records_keep_their_promises():
     assert round(memory["slopes"]["backprop"] / 1e6) == 88
     real = {(r["arm"], r["depth"], r["instrument"]): r["peak_bytes"] for r in memory["real"]}
     pairs = [(real[a, d, "simulated"], real[a, d, "tracked"]) for a, d, i in real if i == "tracked"]
-    assert len(pairs) >= 12 and all(simulated == tracked for simulated, tracked in pairs)
+    assert len(pairs) >= 10 and all(simulated == tracked for simulated, tracked in pairs)
 
 
 @pytest.fixture(scope="module")
