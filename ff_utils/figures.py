@@ -216,7 +216,7 @@ def _label_ends(axis: plt.Axes, ends: list[tuple[float, float, str, str]]) -> No
             axis.annotate(
                 name,
                 (x, y),
-                xytext=(6, -12),
+                xytext=(8, 4),
                 textcoords="offset points",
                 color=colour,
                 fontsize=10,
