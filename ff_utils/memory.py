@@ -382,6 +382,15 @@ class Sizes:
         """Weights and biases of the last linear layer."""
         return FLOAT * (self.hidden * CLASSES + CLASSES)
 
+    def stays_in_backprop(self) -> dict[str, int]:
+        """What a backprop step holds throughout: weights, Adam's state, the batch."""
+        weights = self.layers() + self.classifier
+        return {
+            "parameters": weights,
+            "optimizer_state": 2 * weights + FLOAT * 2 * (self.depth + 1),
+            "inputs": self.images + self.labels,
+        }
+
 
 def _largest(moments: list[dict[str, int]]) -> dict[str, int]:
     """The moment with the most bytes, every category present."""
@@ -393,12 +402,7 @@ def _predict_backprop(depth: int, hidden: int, batch: int) -> dict[str, int]:
     """The peak is the start of the backward pass (all activations, two gradients of one) or,
     where layers weigh more than activations, its end (all gradients)."""
     s = Sizes(depth, hidden, batch)
-    weights = s.layers() + s.classifier
-    stays = {
-        "parameters": weights,
-        "optimizer_state": 2 * weights + FLOAT * 2 * (depth + 1),
-        "inputs": s.images + s.labels,
-    }
+    stays = s.stays_in_backprop()
     loss = {"activations": depth * s.activation + s.logits, "temporaries": 2 * s.logits}
     moments = [stays | loss]
     for layer in {1, depth}:
@@ -428,12 +432,8 @@ def _predict_backprop_seed(depth: int, hidden: int, batch: int) -> dict[str, int
     """As plain backprop, with a second activation a layer (the normalised one), the last step's
     gradients alive through the forward pass, and the normalisation's own backward pass."""
     s = Sizes(depth, hidden, batch)
-    weights = s.layers() + s.classifier
-    stays = {
-        "parameters": weights,
-        "optimizer_state": 2 * weights + FLOAT * 2 * (depth + 1),
-        "inputs": s.images + s.labels,
-    }
+    stays = s.stays_in_backprop()
+    weights = stays["parameters"]
     norms = 2 * s.row_vector
     forward_end = {
         "activations": 2 * depth * s.activation + (depth - 1) * norms,
