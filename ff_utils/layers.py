@@ -5,6 +5,7 @@ graph is built and nothing is stored for later. Source: Hinton, arXiv 2212.13345
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -96,8 +97,12 @@ class Adam:
             module.register_buffer(f"{name}_second_moment", torch.zeros_like(tensor))
             module.register_buffer(f"{name}_steps", torch.zeros((), device=tensor.device))
 
+    def before_update(self) -> None:
+        """Called when the state is about to be used: streaming waits here for its arrival."""
+
     def update(self, gradients: list[torch.Tensor], learning_rate: float) -> None:
         """One step along `gradients`, given in the order of `names`."""
+        self.before_update()
         get = self.module.get_buffer
         adam(
             [self.module.get_parameter(name) for name in self.names],
@@ -117,6 +122,21 @@ class Adam:
         )
 
 
+class SGD:
+    """Plain gradient descent on some tensors of `module`: no state."""
+
+    def __init__(self, module: nn.Module, names: list[str]) -> None:
+        self.module, self.names = module, names
+
+    def update(self, gradients: list[torch.Tensor], learning_rate: float) -> None:
+        """One step along `gradients`, given in the order of `names`."""
+        for name, gradient in zip(self.names, gradients, strict=True):
+            self.module.get_parameter(name).add_(gradient, alpha=-learning_rate)
+
+
+OPTIMIZERS = {"adam": Adam, "sgd": SGD}
+
+
 class FFLayer(nn.Module):
     """Linear and ReLU, trained by its own goodness.
 
@@ -133,6 +153,7 @@ class FFLayer(nn.Module):
         loss: str = "softplus",
         theta: float = 2.0,
         scale: float = 1.0,
+        optimizer: str = "adam",
         generator: torch.Generator | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -141,6 +162,7 @@ class FFLayer(nn.Module):
         checks.one_of("normalisation", normalisation, NORMALISATIONS)
         checks.number("theta", theta, 0, above=True)
         checks.number("scale", scale, 0, above=True)
+        checks.one_of("optimizer", optimizer, OPTIMIZERS)
         self.normalisation, self.theta, self.scale = normalisation, theta, scale
         self.loss = loss_function(loss)
         # PyTorch's own start for a linear layer: uniform within 1 / sqrt(inputs). Drawn on
@@ -152,20 +174,27 @@ class FFLayer(nn.Module):
         bias = torch.empty(outputs, dtype=dtype).uniform_(-bound, bound, generator=generator)
         self.weight = nn.Parameter(weight.to(device), requires_grad=False)
         self.bias = nn.Parameter(bias.to(device), requires_grad=False)
-        self.optimizer = Adam(self, ["weight", "bias"])
+        self.optimizer = OPTIMIZERS[optimizer](self, ["weight", "bias"])
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """y = relu(h W^T + b): (rows, inputs) -> (rows, outputs)."""
         return torch.addmm(self.bias, h, self.weight.t()).relu_()
 
     def step(
-        self, h: torch.Tensor, positives: int, learning_rate: float, gradient: torch.Tensor
+        self,
+        h: torch.Tensor,
+        positives: int,
+        learning_rate: float,
+        gradient: torch.Tensor,
+        micro_batches: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Train on one batch; returns the normalised output (rows, outputs) and the loss ().
 
         h: (rows, inputs), normalised, the first `positives` rows positive, the rest negative.
            OVERWRITTEN: its memory is used for the gradient's sake.
         gradient: scratch memory of at least outputs * inputs elements, shared by all layers.
+        micro_batches: parts the rows are taken in. With more than one, the output takes the
+            input's memory where the widths are equal: one activation, and a part of one.
 
         With g = mean_j y_j^2 and L = mean over positives + mean over negatives of the loss,
             dL/dz = (dL/dg) 2 y / outputs     (ReLU's derivative is 1 wherever y > 0)
@@ -174,22 +203,42 @@ class FFLayer(nn.Module):
         the number s_i = (dL/dg_i) 2 d_i / outputs: scale the rows of h by s, then dW = n^T h.
         Nothing of a batch's size is made but y itself, which leaves as the next layer's input.
         """
-        y = self(h)
-        value, slope = self.local_loss(goodness(y), positives)
-        divisor = normalise_(y, self.normalisation)
-        row_scale = slope.mul_(divisor).mul_(2 / y.shape[1])
-        dw = gradient[: self.weight.numel()].view_as(self.weight)
-        torch.mm(y.t(), h.mul_(row_scale[:, None]), out=dw)
-        self.optimizer.update([dw, torch.mv(y.t(), row_scale)], learning_rate)
-        return y, value
+        outputs, inputs = self.weight.shape
+        dw, db = gradient[: self.weight.numel()].view_as(self.weight), torch.zeros_like(self.bias)
+        output = h if outputs == inputs or micro_batches == 1 else h.new_empty(len(h), outputs)
+        counts, loss = (positives, len(h) - positives), 0
+        starts = range(0, len(h), -(-len(h) // micro_batches))
+        for start in starts:
+            part = h[start : start + starts.step]
+            y = self(part)
+            here = min(max(positives - start, 0), len(part))
+            value, slope = self.local_loss(goodness(y), here, counts)
+            row_scale = normalise_(y, self.normalisation).mul_(slope).mul_(2 / outputs)
+            dw.addmm_(y.t(), part.mul_(row_scale[:, None]), beta=float(start > 0))
+            db.addmv_(y.t(), row_scale)
+            loss = loss + value
+            if micro_batches == 1:
+                output = y
+            else:
+                output[start : start + len(part)] = y
+                del y  # before the next part's is made
+        self.optimizer.update([dw, db], learning_rate)
+        return output, loss
 
-    def local_loss(self, g: torch.Tensor, positives: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss () of goodness (rows,) and its derivative in each row's goodness (rows,)."""
+    def local_loss(
+        self, g: torch.Tensor, positives: int, counts: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss () of goodness (rows,) and its derivative in each row's goodness (rows,).
+
+        The first `positives` rows are positive; `counts` positive and negative rows make the
+        batch that these rows are of.
+        """
         x = (g - self.theta).mul_(self.scale)
         value_positive, slope_positive = self.loss(x[:positives], True)
         value_negative, slope_negative = self.loss(x[positives:], False)
-        slope = torch.cat([slope_positive / positives, slope_negative / (len(g) - positives)])
-        return value_positive.mean() + value_negative.mean(), slope.mul_(self.scale)
+        slope = torch.cat([slope_positive / counts[0], slope_negative / counts[1]])
+        value = value_positive.sum() / counts[0] + value_negative.sum() / counts[1]
+        return value, slope.mul_(self.scale)
 
 
 class LocalSoftmax(nn.Module):
@@ -205,6 +254,7 @@ class LocalSoftmax(nn.Module):
         widths: list[int],
         classes: int,
         normalisation: str = "mean_square",
+        optimizer: str = "adam",
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -214,11 +264,14 @@ class LocalSoftmax(nn.Module):
         kind = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.zeros(classes, sum(widths), **kind), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(classes, **kind), requires_grad=False)
-        self.optimizer = Adam(self, ["weight", "bias"])
+        self.optimizer = OPTIMIZERS[optimizer](self, ["weight", "bias"])
 
-    def forward(self, activities: list[torch.Tensor]) -> torch.Tensor:
-        """Activities of the first layers, each (rows, width), normalised -> (rows, classes)."""
-        logits = self.bias.expand(len(activities[0]), -1)
+    def forward(self, activities: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Activities of the first layers, each (rows, width), normalised -> (rows, classes).
+
+        They may come one at a time: none is kept.
+        """
+        logits = self.bias
         blocks = self.weight.split(self.widths, dim=1)
         for h, gain, block in zip(activities, self.gains, blocks, strict=False):
             logits = torch.addmm(logits, h, block.t(), alpha=gain)
@@ -226,7 +279,7 @@ class LocalSoftmax(nn.Module):
 
     def step(
         self,
-        activities: list[torch.Tensor],
+        activities: Iterable[torch.Tensor],
         logits: torch.Tensor,
         labels: torch.Tensor,
         learning_rate: float,

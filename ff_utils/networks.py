@@ -1,5 +1,7 @@
 """Whole networks: progressive Forward-Forward, and the multilayer perceptron backprop trains."""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -9,7 +11,7 @@ from ff_utils import checks, pairs
 from ff_utils.layers import FFLayer, LocalSoftmax, goodness, normalise_
 
 PREDICTIONS = ("goodness", "softmax")
-EVALUATION_ROWS = 1000
+EVALUATION_ROWS = 2000
 
 
 class ForwardForward(nn.Module):
@@ -31,6 +33,7 @@ class ForwardForward(nn.Module):
         loss: str = "softplus",
         theta: float = 2.0,
         scale: float = 1.0,
+        optimizer: str = "adam",
         seed: int = 0,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -50,19 +53,31 @@ class ForwardForward(nn.Module):
             "loss": loss,
             "theta": theta,
             "scale": scale,
+            "optimizer": optimizer,
             "generator": generator,
-            "device": device,
             "dtype": dtype,
         }
-        self.layers = nn.ModuleList(
-            FFLayer(below, above, **settings) for below, above in pairwise([inputs, *hidden])
-        )
-        self.softmax = LocalSoftmax(list(hidden), classes, normalisation, device, dtype)
         # One gradient buffer, as large as the largest layer, serves all of them in turn.
-        largest = max(layer.weight.numel() for layer in self.layers)
+        widths = [inputs, *hidden]
+        largest = max(below * above for below, above in pairwise(widths))
         self.register_buffer(
             "gradient", torch.zeros(largest, device=device, dtype=dtype), persistent=False
         )
+        self.layers = nn.ModuleList(
+            self.place(number, partial(FFLayer, below, above, **settings))
+            for number, (below, above) in enumerate(pairwise(widths))
+        )
+        self.softmax = LocalSoftmax(list(hidden), classes, normalisation, optimizer, device, dtype)
+
+    def place(self, number: int, make: Callable[..., FFLayer]) -> FFLayer:
+        """Make a layer where it lives: here, on the device with all others."""
+        return make(device=self.gradient.device)
+
+    def visit(self, numbers: Sequence[int], update: bool = False) -> Iterator[FFLayer]:
+        """The layers of these numbers, one after the other, each ready to run; `update` says
+        that it will be trained."""
+        for number in numbers:
+            yield self.layers[number]
 
     def inputs(self, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """Images (N, pixels) with labels (N,), or the neutral label for None, normalised."""
@@ -72,63 +87,67 @@ class ForwardForward(nn.Module):
 
     def forward(self, h: torch.Tensor) -> list[torch.Tensor]:
         """Normalised activities of every layer: (rows, inputs) -> list of (rows, width)."""
-        return self.activities(h, len(self.layers))
+        return list(self.activities(h, len(self.layers)))
 
-    def activities(self, h: torch.Tensor, layers: int) -> list[torch.Tensor]:
-        """Normalised activities of the first `layers` layers."""
-        kept = []
-        for layer in self.layers[:layers]:
+    def activities(self, h: torch.Tensor, layers: int) -> Iterator[torch.Tensor]:
+        """Normalised activities of the first `layers` layers, one at a time."""
+        for layer in self.visit(range(layers)):
             h = layer(h)
             normalise_(h, self.normalisation)
-            kept.append(h)
-        return kept
+            yield h
 
-    def step(self, h: torch.Tensor, positives: int, learning_rate: float) -> torch.Tensor:
+    def keep(self, activities: Iterator[torch.Tensor]) -> Iterable[torch.Tensor]:
+        """Activities that will be read more than once."""
+        return list(activities)
+
+    def step(
+        self, h: torch.Tensor, positives: int, learning_rate: float, micro_batches: int = 1
+    ) -> torch.Tensor:
         """Train every layer on one batch; returns their losses (layers,).
 
         h: (rows, inputs), normalised, the first `positives` rows positive; OVERWRITTEN.
-        A layer is done before the next one starts: two activations live at a time.
+        A layer is done before the next one starts: two activations live at a time, or one and
+        a part with `micro_batches`.
         """
         losses = []
-        for layer in self.layers:
-            h, loss = layer.step(h, positives, learning_rate, self.gradient)
+        for layer in self.visit(range(len(self.layers)), update=True):
+            h, loss = layer.step(h, positives, learning_rate, self.gradient, micro_batches)
             losses.append(loss)
         return torch.stack(losses)
 
     def guess(self, images: torch.Tensor) -> torch.Tensor:
         """Softmax logits (N, classes) of images (N, pixels) under the neutral label."""
-        return self.softmax(self(self.inputs(images, None)))
+        return self.softmax(self.activities(self.inputs(images, None), len(self.layers)))
 
     def label_goodness(self, images: torch.Tensor) -> torch.Tensor:
         """Goodness of every label in every layer: images (N, pixels) -> (layers, N, classes).
 
-        The first layer's image part is computed once and shared by all labels: they differ in
-        `classes` inputs only, and their one-hot codes have one length.
+        The labels go through a layer together, so that each layer is visited once. The first
+        layer's image part is computed once for all of them: they differ in `classes` inputs
+        only, and their one-hot codes have one length.
         """
-        layer = self.layers[0]
         zeros = torch.zeros(len(images), dtype=torch.long, device=images.device)
         h = pairs.with_label(images, zeros, self.classes, self.label, self.label_scale)
         divisor = normalise_(h, self.normalisation)
         place = slice(self.pixels, None) if self.label == "joined" else slice(0, self.classes)
         h[:, place] = 0
-        image_part = torch.addmm(layer.bias, h, layer.weight.t())
-        label_part = layer.weight[:, place].t()
         found = images.new_empty(len(self.layers), len(images), self.classes)
-        for label in range(self.classes):
-            y = torch.addcdiv(
-                image_part, label_part[label], divisor[:, None], value=self.label_scale
-            ).relu_()
-            found[0, :, label] = goodness(y)
-            for depth, layer_above in enumerate(self.layers[1:], start=1):
-                normalise_(y, self.normalisation)
-                y = layer_above(y)
-                found[depth, :, label] = goodness(y)
+        for number, layer in enumerate(self.visit(range(len(self.layers)))):
+            if number == 0:
+                h = torch.addmm(layer.bias, h, layer.weight.t())
+                codes = (self.label_scale / divisor)[:, None, None] * layer.weight[:, place].t()
+                h = codes.add_(h[:, None, :]).relu_().flatten(0, 1)
+                del codes
+            else:
+                normalise_(h, self.normalisation)
+                h = layer(h)
+            found[number] = goodness(h).view(-1, self.classes)
         return found
 
     def predict(
         self, images: torch.Tensor, by: str = "goodness", rows: int = EVALUATION_ROWS
     ) -> torch.Tensor:
-        """Class of each image (N,), `rows` images at a time so that memory stays small.
+        """Class of each image (N,), `rows` network inputs at a time so that memory stays small.
 
         by: "goodness" takes the label with the most goodness, summed over all layers;
             "softmax" the most probable one under the neutral label.
@@ -136,9 +155,8 @@ class ForwardForward(nn.Module):
         checks.one_of("by", by, PREDICTIONS)
         if by == "softmax":
             return torch.cat([self.guess(part).argmax(1) for part in images.split(rows)])
-        return torch.cat(
-            [self.label_goodness(part).sum(0).argmax(1) for part in images.split(rows)]
-        )
+        parts = images.split(max(1, rows // self.classes))
+        return torch.cat([self.label_goodness(part).sum(0).argmax(1) for part in parts])
 
 
 def backprop_network(

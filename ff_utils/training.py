@@ -1,5 +1,6 @@
 """Training loops: Forward-Forward in its two schedules, and backpropagation."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -10,7 +11,9 @@ from torch import nn
 
 from ff_utils import checks, pairs, progress
 from ff_utils.datasets import Dataset
+from ff_utils.layers import normalise_
 from ff_utils.networks import EVALUATION_ROWS, ForwardForward
+from ff_utils.streaming import open_store
 
 SCHEDULES = ("joint", "layerwise")
 DECAYS = ("none", "linear")
@@ -99,7 +102,7 @@ def forward_forward_step(
     stage: the one layer to train, from 0; None for all of them.
     """
     depth = len(network.layers) if stage is None else stage + 1
-    neutral = network.activities(network.inputs(images, None), depth)
+    neutral = network.keep(network.activities(network.inputs(images, None), depth))
     logits = network.softmax(neutral)
     if negatives == "hard":
         wrong = pairs.hard_negatives(logits, labels, generator)
@@ -113,9 +116,71 @@ def forward_forward_step(
         losses = network.step(network.inputs(images.repeat(2, 1), both), len(labels), learning_rate)
     else:
         h = network.inputs(images.repeat(2, 1), both)
-        h = network.activities(h, stage)[-1] if stage > 0 else h
-        _, losses = network.layers[stage].step(h, len(labels), learning_rate, network.gradient)
+        for above in network.activities(h, stage):
+            h = above
+        for layer in network.visit([stage], update=True):
+            _, losses = layer.step(h, len(labels), learning_rate, network.gradient)
     return torch.cat([losses.reshape(-1), softmax_loss[None]])
+
+
+def train_layer_after_layer(
+    network: ForwardForward,
+    data: Dataset,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    store: str | os.PathLike = "memory",
+    decay: str = "linear",
+    seed: int = 0,
+    quiet: bool = False,
+) -> pd.DataFrame:
+    """Train each layer for `epochs` before the next, on inputs kept from the layer below.
+
+    The leanest schedule where layers are many: a layer is fetched once and its input is never
+    computed again. To that end the batches and their negatives (random wrong labels) are drawn
+    once; each epoch takes the batches in another order. One input of the data set's two copies
+    is kept, the layer's output taking its place.
+    store: "memory" of the host, or a folder that it is kept in, one file a batch.
+    Returns one row an epoch: epoch, layer, loss, seconds. The softmax is not trained: predict
+    by goodness. Raises FloatingPointError where a loss stops being finite.
+    """
+    _check_training(data, epochs, batch_size, learning_rate, decay)
+    generator = torch.Generator().manual_seed(seed)
+    place = open_store(store, network.gradient.device)
+    sizes = []
+    for number, (images, labels) in enumerate(batches(data, batch_size, generator)):
+        wrong = pairs.random_negatives(labels, network.classes, generator)
+        h = network.inputs(images.repeat(2, 1), torch.cat([labels, wrong]))
+        place.write(f"batch.{number}", h)
+        sizes.append(len(h))
+
+    def kept(number: int, width: int) -> torch.Tensor:
+        return place.read(f"batch.{number}", h.new_empty(sizes[number], width))
+
+    depth, steps, rows = len(network.layers), epochs * len(sizes), []
+    for stage, layer in enumerate(network.visit(range(depth), update=True)):
+        width, done = layer.weight.shape[1], 0
+        numbers = range(1, epochs + 1)
+        if not quiet:
+            numbers = progress.track(numbers, "epoch", len(rows), depth * epochs)
+        for epoch in numbers:
+            start, total = time.perf_counter(), 0
+            for number in torch.randperm(len(sizes), generator=generator).tolist():
+                rate = learning_rate * _decayed(done / steps, decay)
+                rows_in = kept(number, width)
+                _, loss = layer.step(rows_in, sizes[number] // 2, rate, network.gradient)
+                total, done = total + loss, done + 1
+            mean = float(total / len(sizes))
+            seconds = time.perf_counter() - start
+            _refuse_non_finite([mean], epoch, stage)
+            rows.append({"epoch": epoch, "layer": stage + 1, "loss": mean, "seconds": seconds})
+        if stage + 1 < depth:
+            for number in range(len(sizes)):
+                y = layer(kept(number, width))
+                normalise_(y, network.normalisation)
+                place.write(f"batch.{number}", y)
+    return pd.DataFrame(rows)
 
 
 def compare_choices(
@@ -164,7 +229,7 @@ def softmax_error(network: ForwardForward, data: Dataset, depth: int | None = No
 def goodness_errors(network: ForwardForward, data: Dataset) -> list[float]:
     """Test error by the goodness of each layer alone, then by the sum over all layers."""
     wrong = 0
-    for images, labels in test_batches(data):
+    for images, labels in test_batches(data, EVALUATION_ROWS // data.classes):
         found = network.label_goodness(images)
         both = torch.cat([found, found.sum(0, keepdim=True)])
         wrong = wrong + (both.argmax(2) != labels).sum(1)
@@ -239,13 +304,11 @@ def batches(
         yield data.train_images[chosen], data.train_labels[chosen]
 
 
-def test_batches(data: Dataset) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The test images and labels in order, a chunk at a time."""
-    yield from zip(
-        data.test_images.split(EVALUATION_ROWS),
-        data.test_labels.split(EVALUATION_ROWS),
-        strict=True,
-    )
+def test_batches(
+    data: Dataset, rows: int = EVALUATION_ROWS
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The test images and labels in order, `rows` at a time."""
+    yield from zip(data.test_images.split(rows), data.test_labels.split(rows), strict=True)
 
 
 def _check_training(

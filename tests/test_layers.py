@@ -1,4 +1,5 @@
 import itertools
+import time
 
 import pytest
 import torch
@@ -157,3 +158,57 @@ def test_state_is_saved_with_the_layer():
     for one in (layer, twin):
         one.step(rows(seed=5), 6, 0.01, torch.zeros(200, dtype=torch.float64))
     assert torch.equal(layer.weight, twin.weight)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(13, 9), (9, 9)])
+@pytest.mark.parametrize("micro_batches", [2, 5, 12])
+def test_micro_batches_learn_what_the_batch_learns(inputs, outputs, micro_batches):
+    one, other = make(inputs=inputs, outputs=outputs), make(inputs=inputs, outputs=outputs)
+    scratch = torch.zeros(200, dtype=torch.float64)
+    for seed in range(3):
+        h = rows(inputs=inputs, seed=seed)
+        output, loss = one.step(h.clone(), 5, 0.01, scratch)
+        found, found_loss = other.step(h.clone(), 5, 0.01, scratch, micro_batches)
+        assert torch.allclose(found, output, atol=1e-12)
+        assert torch.allclose(found_loss, loss, atol=1e-12)
+    for name, tensor in one.state_dict().items():
+        assert torch.allclose(other.state_dict()[name], tensor, atol=1e-10), name
+
+
+def test_plain_descent_follows_autograds_gradient():
+    layer = FFLayer(13, 9, optimizer="sgd", theta=0.3, dtype=torch.float64)
+    h, before = rows(), layer.weight.clone().requires_grad_()
+    y = torch.relu(h @ before.t() + layer.bias)
+    x = y.square().mean(dim=1) - 0.3
+    softplus = torch.nn.functional.softplus
+    (softplus(-x[:6]).mean() + softplus(x[6:]).mean()).backward()
+    layer.step(h.clone(), 6, 0.1, torch.zeros(200, dtype=torch.float64))
+    assert torch.allclose(layer.weight, before.detach() - 0.1 * before.grad, atol=1e-12)
+
+
+def test_the_analytic_step_is_not_slower_than_autograds():
+    layer = FFLayer(1000, 1000)
+    twin = torch.nn.Linear(1000, 1000)
+    optimizer = torch.optim.Adam(twin.parameters(), fused=True)
+    scratch, h = torch.zeros(1_000_000), torch.rand(2000, 1000)
+
+    def by_autograd():
+        y = twin(h).relu()
+        x = y.square().mean(dim=1) - 2
+        softplus = torch.nn.functional.softplus
+        (softplus(-x[:1000]).mean() + softplus(x[1000:]).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            return y / y.norm(dim=1, keepdim=True)
+
+    seconds = {"analytic": [], "autograd": []}
+    for _ in range(7):
+        for name, run in (
+            ("analytic", lambda: layer.step(h.clone(), 1000, 1e-3, scratch)),
+            ("autograd", by_autograd),
+        ):
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    assert min(seconds["analytic"]) < min(seconds["autograd"])

@@ -1,0 +1,316 @@
+"""Arms of the memory study: what is trained, how a step of it runs, what stays between steps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ff_utils import closed_form, seed
+from ff_utils.closed_form import CLASSES, PIXELS, PRECISIONS, Setting
+from ff_utils.live_bytes import HOST, LiveBytes
+from ff_utils.networks import ForwardForward, backprop_network
+from ff_utils.remedies import OPTIMIZERS, Backprop
+from ff_utils.streaming import Slots, StreamedBackprop, StreamedForwardForward
+from ff_utils.training import backprop_step, forward_forward_step
+
+
+@dataclass
+class Arm:
+    """One way to train one network: a training step, an evaluation, and what stays in memory.
+
+    kept: what steps themselves leave behind, by category.
+    timed: the step whose seconds compare with other arms', where `train` is not it.
+    moved: bytes moved between host and device since the arm was built.
+    """
+
+    network: nn.Module
+    train: Callable[[], object]
+    evaluate: Callable[[], object]
+    resident: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
+    kept: Callable[[], dict[str, list[torch.Tensor]]] = dict
+    timed: Callable[[], object] | None = None
+    moved: Callable[[], int] = int
+
+    def watch(self, live: LiveBytes) -> None:
+        """Tell `live` of everything that stays from step to step."""
+        live.add(self.network.parameters(), "parameters")
+        for optimizer in self.optimizers:
+            live.steps_of(optimizer)
+        for category, tensors in [*self.resident.items(), *self.kept().items()]:
+            live.add(tensors, category)
+        live.gradients_of(self.network)
+
+
+def backprop_arm(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+) -> Arm:
+    """Plain backprop: every activation kept, gradients freed right after the optimizer step."""
+    return Arm(
+        network=network,
+        train=lambda: backprop_step(network, optimizer, images, labels),
+        evaluate=lambda: _no_grad(network, images),
+        resident={"inputs": [images, labels]},
+        optimizers=[optimizer],
+    )
+
+
+def forward_forward_arm(
+    network: ForwardForward, images: torch.Tensor, labels: torch.Tensor, negatives: str
+) -> Arm:
+    """A whole FF training step as `training` makes it: guess, negatives, softmax, all layers."""
+    generator = torch.Generator().manual_seed(0)
+    rows = max(1, len(images) // 2)
+    return Arm(
+        network=network,
+        train=lambda: forward_forward_step(
+            network, images, labels, None, negatives, 1e-3, generator
+        ),
+        evaluate=lambda: network.predict(images[:rows], rows=rows),
+        resident={
+            "optimizer_state": [b for name, b in network.named_buffers() if name != "gradient"],
+            "gradients": [network.gradient],
+            "inputs": [images, labels],
+        },
+    )
+
+
+def _kind(s: Setting) -> dict:
+    return {"device": s.device, "dtype": PRECISIONS[s.precision]}
+
+
+def _rows(s: Setting, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.zeros(rows, dtype=torch.long, device=s.device)
+    return torch.rand(rows, PIXELS, **_kind(s)), labels
+
+
+def _backprop(s: Setting) -> Arm:
+    network = backprop_network(PIXELS, CLASSES, [s.hidden] * s.depth, **_kind(s))
+    optimizer = OPTIMIZERS[s.optimizer](network.parameters(), lr=1e-3, fused=True)
+    return backprop_arm(network, optimizer, *_rows(s, s.batch))
+
+
+def _backprop_with(s: Setting, **remedies: object) -> Arm:
+    network = backprop_network(PIXELS, CLASSES, [s.hidden] * s.depth, **_kind(s))
+    backprop = Backprop(network, optimizer=s.optimizer, **remedies)
+    images, labels = _rows(s, s.batch)
+    size = -(-s.batch // backprop.micro_batches)
+    return Arm(
+        network=network,
+        train=lambda: backprop.step(images, labels),
+        evaluate=lambda: [_no_grad(network, part) for part in images.split(size)],
+        resident={"inputs": [images, labels]},
+        optimizers=backprop.optimizers,
+        moved=lambda: backprop.moved,
+    )
+
+
+def _backprop_checkpoint(s: Setting) -> Arm:
+    return _backprop_with(s, checkpoint=True)
+
+
+def _backprop_optimizer_in_backward(s: Setting) -> Arm:
+    return _backprop_with(s, optimizer_in_backward=True)
+
+
+def _backprop_offload(s: Setting) -> Arm:
+    return _backprop_with(s, offload=True)
+
+
+def _backprop_micro_batches(s: Setting) -> Arm:
+    return _backprop_with(s, micro_batches=closed_form.MICRO_BATCHES)
+
+
+def _backprop_frugal(s: Setting) -> Arm:
+    """All remedies; as many micro-batches as make the peak smallest."""
+    return _backprop_with(
+        s,
+        checkpoint=True,
+        optimizer_in_backward=True,
+        offload=True,
+        micro_batches=closed_form.frugal_micro_batches(s),
+    )
+
+
+def _backprop_streamed(s: Setting) -> Arm:
+    network = StreamedBackprop(
+        PIXELS,
+        CLASSES,
+        [s.hidden] * s.depth,
+        store=s.store,
+        optimizer=s.optimizer,
+        **_kind(s),
+    )
+    images, labels = _rows(s, s.batch)
+    return Arm(
+        network=nn.Module(),
+        train=lambda: network.step(images, labels, 1e-3),
+        evaluate=lambda: network(images),
+        resident=_streamed(network.slots, network.gradient, [images, labels]),
+        kept=lambda: _on_host(network.slots),
+        moved=lambda: network.slots.store.moved,
+    )
+
+
+def _backprop_seed(s: Setting) -> Arm:
+    """Backprop as the seed has it: normalisation layers, old gradients kept in the forward."""
+    hidden = [s.hidden] * s.depth
+    network = backprop_network(PIXELS, CLASSES, hidden, normalised=True, **_kind(s))
+    optimizer = OPTIMIZERS[s.optimizer](network.parameters(), lr=1e-3)
+    images, labels = _rows(s, s.batch)
+
+    def train() -> None:
+        loss = nn.functional.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return Arm(
+        network=network,
+        train=train,
+        evaluate=lambda: _no_grad(network, images),
+        resident={"inputs": [images, labels]},
+        optimizers=[optimizer],
+    )
+
+
+def _ff(s: Setting, kind: type[ForwardForward] = ForwardForward, **settings: object) -> Arm:
+    """FF's layers on a batch of positive and negative rows, each trained before the next runs."""
+    micro_batches = settings.pop("micro_batches", 1)
+    network = kind(
+        PIXELS, CLASSES, [s.hidden] * s.depth, optimizer=s.optimizer, **_kind(s), **settings
+    )
+    images, _ = _rows(s, s.batch)
+    if slots := getattr(network, "slots", None):
+        resident, watched = _streamed(slots, network.gradient, [images]), nn.Module()
+    else:
+        watched = network.layers
+        resident = {
+            "optimizer_state": list(watched.buffers()),
+            "gradients": [network.gradient],
+            "inputs": [images],
+        }
+    # A chunk of the batch is evaluated at a time: the next ones need no more.
+    rows = max(1, s.batch // (4 * micro_batches * CLASSES))
+    return Arm(
+        network=watched,
+        # FF consumes its input: what stays between steps is the batch it was copied from.
+        train=lambda: network.step(images.clone(), s.batch // 2, 1e-3, micro_batches),
+        evaluate=lambda: network.predict(images[:rows], rows=rows * CLASSES),
+        resident=resident,
+        kept=lambda: _on_host(slots) if slots else {},
+        moved=lambda: slots.store.moved if slots else 0,
+    )
+
+
+def _ff_micro_batches(s: Setting) -> Arm:
+    return _ff(s, micro_batches=closed_form.MICRO_BATCHES)
+
+
+def _ff_streamed(s: Setting) -> Arm:
+    return _ff(s, StreamedForwardForward, store=s.store)
+
+
+def _ff_frugal(s: Setting) -> Arm:
+    """Streamed, nothing fetched ahead, the rows in micro-batches."""
+    micro_batches = closed_form.MICRO_BATCHES
+    return _ff(s, StreamedForwardForward, store=s.store, ahead=0, micro_batches=micro_batches)
+
+
+def _streamed(slots: Slots, gradient: torch.Tensor, inputs: list[torch.Tensor]) -> dict:
+    moments = slots.tensors[len(slots.weights) :]
+    return {
+        "parameters": slots.weights,
+        "optimizer_state": moments,
+        "gradients": [gradient],
+        "inputs": inputs,
+    }
+
+
+def _on_host(slots: Slots) -> dict:
+    return {HOST: list(getattr(slots.store, "tensors", {}).values())}
+
+
+def _ff_hard_negatives(s: Setting) -> Arm:
+    """FF as notebook 2 trains it: a guess, hard negatives drawn from it, a softmax that learns."""
+    network = ForwardForward(
+        PIXELS, CLASSES, [s.hidden] * s.depth, optimizer=s.optimizer, **_kind(s)
+    )
+    return forward_forward_arm(network, *_rows(s, s.batch // 2), "hard")
+
+
+def _ff_seed(s: Setting, cached_rows: int | None = None) -> Arm:
+    network = seed.ProgressiveForwardForward(
+        PIXELS, CLASSES, [s.hidden] * s.depth, optimizer=s.optimizer, **_kind(s)
+    )
+    rows = torch.rand(s.batch, PIXELS + CLASSES, **_kind(s))
+    with_labels = rows[:, :PIXELS].contiguous()
+    return Arm(
+        network=network,
+        train=lambda: network.last_stage(s.batch, cached_rows or seed.DATASET_ROWS),
+        evaluate=lambda: network.evaluate(with_labels),
+        optimizers=[layer.optimizer for layer in network.layers],
+        timed=lambda: network.step(rows, s.batch // 2),
+    )
+
+
+def _ff_seed_uncached(s: Setting) -> Arm:
+    """The seed's FF with a batch where its whole data set was."""
+    return _ff_seed(s, cached_rows=s.batch)
+
+
+def _ff_recurrent(s: Setting) -> Arm:
+    network = seed.RecurrentForwardForward(
+        PIXELS, CLASSES, [s.hidden] * s.depth, optimizer=s.optimizer, **_kind(s)
+    )
+    images, _ = _rows(s, s.batch // 2)
+    labels = torch.zeros(len(images), CLASSES, **_kind(s))
+    trained = [network.projector, *network.layers]
+    some = images[: max(1, len(images) // 2)]
+    return Arm(
+        network=network,
+        train=lambda: network.step(images, labels),
+        evaluate=lambda: network.evaluate(some),
+        resident={"inputs": [images, labels]},
+        kept=lambda: {"activations": network.returned},
+        optimizers=[layer.optimizer for layer in trained],
+    )
+
+
+@torch.no_grad()
+def _no_grad(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return network(images)
+
+
+@dataclass(frozen=True)
+class ArmKind:
+    """How an arm is built and what to call it in a figure."""
+
+    build: Callable[[Setting], Arm]
+    title: str
+
+
+ARMS = {
+    "backprop": ArmKind(_backprop, "backprop"),
+    "backprop_checkpoint": ArmKind(_backprop_checkpoint, "backprop, checkpoints"),
+    "backprop_optimizer_in_backward": ArmKind(
+        _backprop_optimizer_in_backward, "backprop, optimizer in backward"
+    ),
+    "backprop_offload": ArmKind(_backprop_offload, "backprop, activations on host"),
+    "backprop_micro_batches": ArmKind(_backprop_micro_batches, "backprop, micro-batches"),
+    "backprop_frugal": ArmKind(_backprop_frugal, "backprop, all remedies"),
+    "backprop_streamed": ArmKind(_backprop_streamed, "backprop, streamed"),
+    "backprop_seed": ArmKind(_backprop_seed, "backprop (seed)"),
+    "ff_resident": ArmKind(_ff, "FF, analytic step"),
+    "ff_hard_negatives": ArmKind(_ff_hard_negatives, "FF, hard negatives"),
+    "ff_micro_batches": ArmKind(_ff_micro_batches, "FF, micro-batches"),
+    "ff_streamed": ArmKind(_ff_streamed, "FF, streamed"),
+    "ff_frugal": ArmKind(_ff_frugal, "FF, streamed, micro-batches"),
+    "ff_seed": ArmKind(_ff_seed, "FF (seed)"),
+    "ff_seed_uncached": ArmKind(_ff_seed_uncached, "FF (seed), no cache"),
+    "ff_recurrent": ArmKind(_ff_recurrent, "recurrent FF (seed)"),
+}

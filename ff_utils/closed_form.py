@@ -1,0 +1,496 @@
+"""What each arm must need, in closed form: bytes by category at the peak of a training step."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+
+from ff_utils import checks, seed
+from ff_utils.live_bytes import CATEGORIES
+from ff_utils.remedies import OPTIMIZERS
+
+CLASSES = 10
+PIXELS = 784
+MICRO_BATCHES = 8
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+STEP = 4  # bytes of Adam's step count, a float32 for every tensor
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The sizes of an arm, and the bytes of the tensors that its step is made of.
+
+    store: where streamed arms rest their layers, "memory" or a folder.
+    """
+
+    depth: int
+    hidden: int
+    batch: int
+    optimizer: str = "adam"
+    precision: str = "float32"
+    device: str = "cpu"
+    store: str = "memory"
+
+    def check(self) -> None:
+        """Raise ValueError unless every size and name makes sense."""
+        checks.number("depth", self.depth, 1, whole=True)
+        checks.number("hidden", self.hidden, 1, whole=True)
+        checks.number("batch", self.batch, 2, whole=True)
+        checks.one_of("optimizer", self.optimizer, OPTIMIZERS)
+        checks.one_of("precision", self.precision, PRECISIONS)
+
+    @property
+    def element(self) -> int:
+        """One number."""
+        return PRECISIONS[self.precision].itemsize
+
+    @property
+    def activation(self) -> int:
+        """One hidden layer's activities: batch x hidden."""
+        return self.element * self.batch * self.hidden
+
+    @property
+    def row_vector(self) -> int:
+        """One number a row."""
+        return self.element * self.batch
+
+    @property
+    def logits(self) -> int:
+        """One number a row and class."""
+        return self.element * self.batch * CLASSES
+
+    @property
+    def images(self) -> int:
+        """The input: batch x pixels."""
+        return self.element * self.batch * PIXELS
+
+    @property
+    def labels(self) -> int:
+        """One int64 a row."""
+        return 8 * self.batch
+
+    @property
+    def classifier(self) -> int:
+        """Weights and biases of the last linear layer."""
+        return self.element * (self.hidden * CLASSES + CLASSES)
+
+    def layer(self, number: int, more_inputs: int = 0) -> int:
+        """Weights and biases of hidden layer `number`, from 1."""
+        below = PIXELS + more_inputs if number == 1 else self.hidden
+        return self.element * (below * self.hidden + self.hidden)
+
+    def layers(self, first: int = 1, more_inputs: int = 0) -> int:
+        """Weights and biases of hidden layers `first` to `depth`."""
+        if first > self.depth:
+            return 0
+        return self.layer(first, more_inputs) + (self.depth - first) * self.layer(2)
+
+    @property
+    def largest(self) -> int:
+        """Weights and biases of the largest hidden layer."""
+        return max(self.layer(1), self.layer(min(self.depth, 2)))
+
+    @property
+    def bias(self) -> int:
+        """Biases of one hidden layer."""
+        return self.element * self.hidden
+
+    def state(self, weights: int, layers: int) -> int:
+        """What the optimizer keeps for `weights` bytes: Adam's two moments, two step counts a
+        layer."""
+        return 2 * weights + 2 * STEP * layers if self.optimizer == "adam" else 0
+
+
+Moment = dict[str, int]
+
+
+def predict(arm: str, s: Setting) -> Moment:
+    """Bytes by category at the training peak."""
+    checks.one_of("arm", arm, FORMS)
+    return FORMS[arm](s)
+
+
+def peak(arm: str, s: Setting) -> int:
+    """Bytes on the device at the training peak."""
+    return sum(predict(arm, s).values())
+
+
+def host(arm: str, s: Setting) -> int:
+    """Bytes that rest on the host during a step."""
+    if arm == "backprop_offload":
+        return s.depth * s.activation + 2 * s.logits
+    if arm == "backprop_frugal":
+        part = replace(s, batch=-(-s.batch // frugal_micro_batches(s)))
+        runs = _segments(s.depth)
+        return (len(runs) - 1 + runs[-1]) * part.activation + 2 * part.logits
+    if arm not in ("backprop_streamed", "ff_streamed", "ff_frugal"):
+        return 0
+    backprop = arm == "backprop_streamed"
+    weights = s.layers() + (s.classifier if backprop else 0)
+    moments = 2 * weights if s.optimizer == "adam" else 0
+    return weights + moments + (s.depth * s.activation if backprop else 0)
+
+
+def host_in_memory(arm: str, s: Setting) -> int:
+    """Of these, the bytes that stay in memory even where there are files to rest in."""
+    return host(arm, s) if arm in ("backprop_offload", "backprop_frugal") else 0
+
+
+def _largest(moments: Iterable[Moment]) -> Moment:
+    """The moment with the most bytes, every category present."""
+    moment = max(moments, key=lambda m: sum(m.values()))
+    return {category: moment.get(category, 0) for category in CATEGORIES}
+
+
+# --- Backprop -------------------------------------------------------------------------------
+
+
+def _backprop(s: Setting) -> Moment:
+    """The peak is the start of the backward pass (all activations, two gradients of one) or,
+    where layers weigh more than activations, its end (all gradients)."""
+    return _largest(_backprop_moments(s))
+
+
+def _segments(depth: int) -> list[int]:
+    """Layers in each checkpointed run, the last of which is not checkpointed."""
+    size = math.isqrt(depth - 1) + 1
+    return [min(size, depth - start) for start in range(0, depth, size)]
+
+
+def _backprop_moments(
+    s: Setting,
+    *,
+    checkpoint: bool = False,
+    optimizer_in_backward: bool = False,
+    offload: bool = False,
+    micro_batches: int = 1,
+) -> list[Moment]:
+    """Every moment of a backprop step that can be its peak, by layer and kind of work.
+
+    runs: layers between checkpoints; one run of all layers without them.
+    """
+    part = replace(s, batch=-(-s.batch // micro_batches))
+    a = part.activation
+    weights = s.layers() + s.classifier
+    stays = {
+        "parameters": weights,
+        "optimizer_state": s.state(weights, s.depth + 1),
+        "inputs": s.images + s.labels,
+    }
+    runs = _segments(s.depth) if checkpoint else [s.depth]
+    # Hidden activities held at the end of the forward pass: within the last run, and between.
+    held = 0 if offload else (runs[-1] + len(runs) - 1) * a
+    small = 0 if offload else part.logits
+    parts = _accumulated(s, weights, micro_batches, optimizer_in_backward)
+    moments = []
+    for gradients in parts:
+        start = stays | {"gradients": gradients(s.depth + 1)}
+        moments.append(start | {"activations": held + small, "temporaries": 2 * part.logits})
+        # Forward: a layer's input, its output before ReLU, and after; the input may be held.
+        free = 2 if s.depth == 1 else 3
+        if offload:
+            moments.append(start | {"activations": free * a})
+        else:
+            moments.append(start | {"activations": held + a})
+        layer = 0
+        for number, run in enumerate(runs):
+            last = number == len(runs) - 1
+            below = 0 if offload else number * a
+            # The run's own input comes back from the host for as long as the run lasts.
+            fetched = a if offload and number > 0 and not last else 0
+            for inside in range(1, run + 1):
+                layer += 1
+                if layer not in _telling(s.depth, runs, layer, inside):
+                    continue
+                here = stays | {"gradients": gradients(layer)}
+                inward = a if layer > 1 else 0
+                kept = 0 if offload and last else inside * a
+                relu = kept + 2 * a + (a if offload and last else 0)
+                linear = (kept - a if kept else 0) + a + inward + s.layer(layer)
+                linear += inward if offload and last else 0
+                moments += [
+                    here | {"activations": below, "temporaries": relu + fetched},
+                    here | {"activations": below, "temporaries": linear + fetched},
+                ]
+                if not last and inside == run:
+                    # Computing the run again: its outputs, and the gradient that waits.
+                    again = (run + 2) * a if run > 1 or number > 0 else 3 * a
+                    moments.append(here | {"activations": below, "temporaries": again + fetched})
+    return moments
+
+
+def _telling(depth: int, runs: list[int], layer: int, inside: int) -> Iterable[int]:
+    """Layers whose moments can be the largest: the ends of the network and of each run."""
+    return (layer,) if depth <= 64 or inside in (1, 2, *runs) or layer in (1, depth) else ()
+
+
+def _accumulated(
+    s: Setting, weights: int, micro_batches: int, optimizer_in_backward: bool
+) -> list[Callable[[int], int]]:
+    """Gradients held while the backward pass is at a layer, for each kind of micro-batch."""
+
+    def above(layer: int) -> int:
+        return s.layers(layer + 1) + (s.classifier if layer <= s.depth else 0)
+
+    def below(layer: int) -> int:
+        return weights - above(layer)
+
+    if micro_batches == 1:
+        return [(lambda layer: 0) if optimizer_in_backward else above]
+    if optimizer_in_backward and micro_batches == 2:
+        return [above, below]
+    return [lambda layer: weights]
+
+
+def _backprop_checkpoint(s: Setting) -> Moment:
+    """The activities between runs of sqrt(depth) layers, and one run computed again."""
+    return _largest(_backprop_moments(s, checkpoint=True))
+
+
+def _backprop_optimizer_in_backward(s: Setting) -> Moment:
+    """No gradient outlives its layer's backward pass."""
+    return _largest(_backprop_moments(s, optimizer_in_backward=True))
+
+
+def _backprop_offload(s: Setting) -> Moment:
+    """No activation outlives its layer's forward pass."""
+    return _largest(_backprop_moments(s, offload=True))
+
+
+def _backprop_micro_batches(s: Setting) -> Moment:
+    """Activations of a part of the batch; gradients of all layers from part to part."""
+    return _largest(_backprop_moments(s, micro_batches=MICRO_BATCHES))
+
+
+def _backprop_frugal(s: Setting, micro_batches: int | None = None) -> Moment:
+    """All of them."""
+    moments = _backprop_moments(
+        s,
+        checkpoint=True,
+        optimizer_in_backward=True,
+        offload=True,
+        micro_batches=micro_batches or frugal_micro_batches(s),
+    )
+    return _largest(moments)
+
+
+@cache
+def frugal_micro_batches(s: Setting) -> int:
+    """As many micro-batches, up to 16, as make the peak of all remedies together smallest."""
+    choices = [m for m in (1, 2, 4, 8, 16) if m <= s.batch]
+    return min(choices, key=lambda m: sum(_backprop_frugal(s, m).values()))
+
+
+def _backprop_streamed(s: Setting) -> Moment:
+    """One layer, the next one's weights, and two activations: an input and an output on the way
+    up, two gradients or a gradient and what it is masked with on the way down."""
+    room = max(s.largest, s.classifier)
+    stays = {
+        "parameters": 2 * room,
+        "optimizer_state": s.state(room, s.depth + 1),
+        "gradients": max(s.largest - s.bias, s.element * s.hidden * CLASSES),
+        "inputs": s.images + s.labels,
+    }
+    moments = [{"activations": 2 * s.activation + s.row_vector // s.batch * s.hidden}]
+    if s.depth == 1:
+        moments = [{"activations": 2 * s.activation + s.bias + s.logits}]
+    moments.append({"activations": s.activation + 4 * s.logits})
+    return _largest(stays | moment for moment in moments)
+
+
+def _backprop_seed(s: Setting) -> Moment:
+    """As plain backprop, with a second activation a layer (the normalised one), the last step's
+    gradients alive through the forward pass, and the normalisation's own backward pass."""
+    weights = s.layers() + s.classifier
+    stays = {
+        "parameters": weights,
+        "optimizer_state": s.state(weights, s.depth + 1),
+        "inputs": s.images + s.labels,
+    }
+    norms = 2 * s.row_vector
+    forward_end = {
+        "activations": 2 * s.depth * s.activation + (s.depth - 1) * norms,
+        "gradients": weights,
+    }
+    moments = [stays | forward_end, stays | {"gradients": weights} | _unfused(s, s.largest)]
+    for layer in {1, s.depth}:
+        kept = (2 * layer - 1) * s.activation + (layer - 1) * norms
+        above = {"gradients": s.layers(layer + 1) + s.classifier}
+        moments.append(stays | above | {"activations": kept, "temporaries": 2 * s.activation})
+        if layer == 1:
+            moments.append(stays | above | {"temporaries": s.activation + s.layer(1)})
+    for layer in {1, s.depth - 1} if s.depth > 1 else ():
+        # Backward through the normalisation above `layer`.
+        moments.append(
+            stays
+            | {
+                "activations": (2 * layer - 1) * s.activation + layer * norms,
+                "temporaries": 5 * s.activation,
+                "gradients": s.layers(layer + 1) + s.classifier,
+            }
+        )
+    return _largest(moments)
+
+
+def _unfused(s: Setting, layer: int) -> Moment:
+    """Adam's unfused update makes two temporaries of the weight it is at."""
+    return {"temporaries": 2 * (layer - s.bias) if s.optimizer == "adam" else 0}
+
+
+# --- Forward-Forward ------------------------------------------------------------------------
+
+
+def _ff_resident(s: Setting) -> Moment:
+    """Weights and optimizer state of every layer, one gradient, one layer's input and output."""
+    stays = {
+        "parameters": s.layers(),
+        "optimizer_state": s.state(s.layers(), s.depth),
+        "gradients": s.largest - s.bias,
+        "inputs": s.images,
+    }
+    return _largest(stays | moment for moment in _ff_moments(s))
+
+
+def _ff_moments(s: Setting, micro_batches: int = 1) -> list[Moment]:
+    """A layer's input and its output, a few numbers a row; with micro-batches, the output takes
+    the input's place, but for a part of it."""
+    part = replace(s, batch=-(-s.batch // micro_batches))
+    rows = 4 * part.row_vector + s.bias
+    output = part.activation
+    first = s.images + output + (s.activation if micro_batches > 1 else 0)
+    if micro_batches > 1 and s.hidden == PIXELS:
+        first = s.images + output
+    moments = [{"activations": first + rows}]
+    if s.depth > 1:
+        moments.append({"activations": s.activation + output + rows})
+    return moments
+
+
+def _ff_micro_batches(s: Setting) -> Moment:
+    """As resident FF, one activation and a part of one."""
+    return _largest(_ff_resident(s) | moment for moment in _ff_moments(s, MICRO_BATCHES))
+
+
+def _ff_streamed(s: Setting, ahead: int = 1, micro_batches: int = 1) -> Moment:
+    """One layer, the next one's weights, one gradient, one layer's input and output."""
+    stays = {
+        "parameters": min(1 + ahead, s.depth) * s.largest,
+        "optimizer_state": s.state(s.largest, s.depth),
+        "gradients": s.largest - s.bias,
+        "inputs": s.images,
+    }
+    return _largest(stays | moment for moment in _ff_moments(s, micro_batches))
+
+
+def _ff_frugal(s: Setting) -> Moment:
+    """As streamed FF, nothing fetched ahead, one activation and a part of one."""
+    return _ff_streamed(s, ahead=0, micro_batches=MICRO_BATCHES)
+
+
+def _ff_hard_negatives(s: Setting) -> Moment:
+    """As resident FF, or the guess's activities of all layers, for half as many rows."""
+    half = replace(s, batch=s.batch // 2)
+    softmax = s.element * (CLASSES * s.depth * s.hidden + CLASSES)
+    weights = s.layers() + softmax
+    stays = {
+        "parameters": weights,
+        "optimizer_state": s.state(weights, s.depth + 1),
+        "gradients": s.largest - s.bias,
+        "inputs": half.images + half.labels,
+    }
+    labels = s.labels + half.labels
+    guess = s.depth * half.activation
+    moments = [
+        guess + half.row_vector + (half.images if s.depth == 1 else 0),
+        guess + 4 * half.logits + softmax + half.labels,
+        2 * s.images + 2 * s.logits + labels,
+        s.images + s.activation + 4 * s.row_vector + labels,
+    ]
+    if s.depth > 1:
+        moments.append(2 * s.activation + 4 * s.row_vector + labels)
+    return _largest(stays | {"activations": moment} for moment in moments)
+
+
+def _ff_seed(s: Setting, cached_rows: int | None = None) -> Moment:
+    """Four copies of the weights, and the data set's activations twice: in and out of a layer."""
+    below = s.hidden if s.depth > 1 else PIXELS + CLASSES
+    rows = cached_rows or seed.DATASET_ROWS
+    last_part = rows % s.batch or min(s.batch, rows)
+    weights = s.layers(more_inputs=CLASSES)
+    stays = {
+        "parameters": weights,
+        "gradients": weights,
+        "optimizer_state": s.state(weights, s.depth),
+    }
+    moments = []
+    # The last part of the data set, which may be short, or the whole one before it.
+    for part, done in ((last_part, 0), (min(s.batch, rows), last_part)):
+        cached = rows * below + (rows - done) * s.hidden
+        moments.append(
+            stays
+            | {
+                "activations": s.element * part * s.hidden,
+                "inputs": s.element * cached,
+            }
+        )
+    return _largest(moments[: 1 if last_part == rows else 2])
+
+
+def _ff_seed_uncached(s: Setting) -> Moment:
+    """As the seed's, with one batch in place of the data set."""
+    return _ff_seed(s, s.batch)
+
+
+def _ff_recurrent(s: Setting) -> Moment:
+    """Layers with two inputs, and of every layer the states of this time step and the next, of
+    the last batch, and half of those that the negatives began with."""
+    wide = s.element * (2 * s.hidden * s.hidden + s.hidden)
+    trained = s.layer(1) + s.depth * wide
+    from_label = s.element * (CLASSES * s.hidden + s.hidden)
+    rows = replace(s, batch=s.batch // 2 * 2)
+    half = replace(s, batch=s.batch // 2)
+    stays = {
+        "parameters": trained + from_label + s.classifier,
+        "gradients": trained,
+        "optimizer_state": s.state(trained, s.depth + 1),
+        "inputs": half.images + half.logits,
+    }
+    a = rows.activation
+    labels = 3 * rows.logits + half.logits
+    kept = (7 * s.depth + 7) * a // 2 + rows.images + labels
+    before = 5 * (s.depth + 1) * a // 2 + labels
+    moments = [
+        # The first layer, which reads the images: those, normalised, and its backward pass.
+        stays
+        | {
+            "activations": before + 2 * rows.images + 2 * a,
+            "temporaries": 2 * a,
+            "gradients": trained - s.layer(1),
+        },
+        # The last layer: what its state is made of, eight activations' worth.
+        stays | {"activations": kept + 8 * a + 4 * rows.row_vector},
+        stays | {"activations": kept + a} | _unfused(s, max(wide, s.layer(1))),
+    ]
+    return _largest(moments)
+
+
+FORMS = {
+    "backprop": _backprop,
+    "backprop_checkpoint": _backprop_checkpoint,
+    "backprop_optimizer_in_backward": _backprop_optimizer_in_backward,
+    "backprop_offload": _backprop_offload,
+    "backprop_micro_batches": _backprop_micro_batches,
+    "backprop_frugal": _backprop_frugal,
+    "backprop_streamed": _backprop_streamed,
+    "backprop_seed": _backprop_seed,
+    "ff_resident": _ff_resident,
+    "ff_hard_negatives": _ff_hard_negatives,
+    "ff_micro_batches": _ff_micro_batches,
+    "ff_streamed": _ff_streamed,
+    "ff_frugal": _ff_frugal,
+    "ff_seed": _ff_seed,
+    "ff_seed_uncached": _ff_seed_uncached,
+    "ff_recurrent": _ff_recurrent,
+}

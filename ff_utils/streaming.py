@@ -1,0 +1,366 @@
+"""Networks of which only the layer at work is on the device; the others rest on the host.
+
+A layer's weights and its optimizer's state are fetched when it is visited and written back when
+it has been trained, so that the device holds one layer however deep the network is. The
+arithmetic is that of the resident network: on a CPU the same seed gives the same bits.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ff_utils import checks
+from ff_utils.layers import FFLayer
+from ff_utils.live_bytes import HOST, counted_as
+from ff_utils.networks import ForwardForward
+
+ALIGNMENT = 16  # elements between tensors of one slot, so that kernels see what they always do
+WEIGHTS = ("weight", "bias")
+MOMENTS = tuple(f"{name}_{which}_moment" for name in WEIGHTS for which in ("first", "second"))
+
+
+class Memory:
+    """Keeps tensors in the host's memory: pinned where a GPU fetches them."""
+
+    def __init__(self, pinned: bool = False) -> None:
+        self.pinned, self.tensors, self.moved = pinned, {}, 0
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Keep a copy of `tensor` under `name`."""
+        if name not in self.tensors or self.tensors[name].shape != tensor.shape:
+            with counted_as(HOST):
+                self.tensors[name] = torch.empty_like(
+                    tensor, device="cpu", pin_memory=self.pinned or None
+                )
+        self.tensors[name].copy_(tensor, non_blocking=self.pinned)
+        self.moved += tensor.nbytes
+
+    def read(self, name: str, into: torch.Tensor) -> torch.Tensor:
+        """Fill `into` with what was written under `name`."""
+        into.copy_(self.tensors[name], non_blocking=self.pinned)
+        self.moved += into.nbytes
+        return into
+
+
+class Files:
+    """Keeps tensors in files of a folder, for a CPU whose memory is the scarce thing.
+
+    Plain reads and writes: pages of a mapped file would count as the process's own.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder, self.moved = Path(folder), 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write `tensor` to the file `name`; OSError with what to do where the disk is full."""
+        try:
+            (self.folder / name).write_bytes(_bytes(tensor.contiguous()))
+        except OSError as error:
+            raise OSError(
+                f"{self.folder / name} could not be written ({error.strerror}): give a folder "
+                "on a disk with more room."
+            ) from error
+        self.moved += tensor.nbytes
+
+    def read(self, name: str, into: torch.Tensor) -> torch.Tensor:
+        """Fill `into` from the file `name`; ValueError where it is missing or cut short."""
+        path = self.folder / name
+        with path.open("rb", buffering=0) if path.exists() else nullcontext() as file:
+            if file is None or file.readinto(_bytes(into)) != into.nbytes:
+                raise ValueError(f"{path} is missing or not whole: start again in an empty folder.")
+        self.moved += into.nbytes
+        return into
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def open_store(place: str | os.PathLike, device: torch.device) -> Memory | Files:
+    """ "memory", or a folder that files are written to; a folder needs the CPU as device."""
+    if str(place) == "memory":
+        return Memory(pinned=device.type == "cuda")
+    if device.type != "cpu":
+        raise ValueError(f"store is {str(place)!r}, a folder, which needs device 'cpu'.")
+    return Files(place)
+
+
+class Slots:
+    """The device's room for the layer at work: two for weights (one, with ahead=0), one for
+    Adam's moments. Layer k uses weights slot k modulo their number.
+
+    On a GPU, copies run on streams of their own: the next layer's weights arrive, and the last
+    one's leave, while this one computes; its moments arrive while its gradient is computed.
+    """
+
+    def __init__(
+        self, widths: list[int], store: Memory | Files, ahead: int, like: torch.Tensor
+    ) -> None:
+        depth = len(widths) - 1
+        shapes = [(widths[k + 1] * widths[k], widths[k + 1]) for k in range(depth)]
+        room = max(sum(map(_aligned, shape)) for shape in shapes)
+        self.store, self.ahead, self.layers = store, ahead, {}
+        self.weights = [like.new_zeros(room) for _ in range(min(1 + ahead, depth))]
+        self.moments, self.steps = like.new_empty(0), None
+        self.room, self.depth = room, depth
+        self._moments_arrived = None
+        self.cuda = like.device.type == "cuda"
+        if self.cuda:
+            self.inward, self.outward = torch.cuda.Stream(), torch.cuda.Stream()
+            self.free: dict[int | str, torch.cuda.Event] = {}
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that stays on the device: weights, moments, step counts."""
+        return [*self.weights, self.moments, *([] if self.steps is None else [self.steps])]
+
+    def take(self, number: int, layer: FFLayer) -> FFLayer:
+        """Write a new layer's tensors to the store and let it read the slots instead."""
+        names = {"weights": WEIGHTS}
+        if "weight_steps" in dict(layer.named_buffers()):
+            names["moments"] = MOMENTS
+            if self.steps is None:
+                self.moments = self.weights[0].new_zeros(2 * self.room)
+                kind = {"device": self.moments.device, "dtype": torch.float32}
+                self.steps = torch.zeros(2 * self.depth, **kind)
+        for piece, parts in names.items():
+            slot = self.weights[number % len(self.weights)] if piece == "weights" else self.moments
+            offset = 0
+            for name in parts:
+                tensor = getattr(layer, name)
+                view = slot[offset : offset + tensor.numel()].view_as(tensor)
+                view.copy_(tensor)
+                if name in WEIGHTS:
+                    setattr(layer, name, nn.Parameter(view, requires_grad=False))
+                else:
+                    layer.register_buffer(name, view)
+                offset += _aligned(tensor.numel())
+            self.layers[number, piece] = slot[:offset]
+            self.store.write(f"{number}.{piece}", slot[:offset])
+        if self.steps is not None:
+            layer.register_buffer("weight_steps", self.steps[2 * number])
+            layer.register_buffer("bias_steps", self.steps[2 * number + 1])
+            layer.optimizer.before_update = self._await_moments
+        return layer
+
+    def visit(
+        self, layers: nn.ModuleList, numbers: Sequence[int], update: bool
+    ) -> Iterator[FFLayer]:
+        """Fetch the layers of these numbers in turn; write each back if it was to be trained."""
+        numbers = list(numbers)
+        ahead = self.ahead and len(self.weights) > 1
+        arrived = {}
+        for position, number in enumerate(numbers):
+            if position == 0 or not ahead:
+                arrived[number] = self._fetch(number, "weights")
+            if ahead and position + 1 < len(numbers):
+                following = numbers[position + 1]
+                arrived[following] = self._fetch(following, "weights")
+            if update and self.steps is not None:
+                self._moments_arrived = self._fetch(number, "moments")
+            self._await(arrived.pop(number))
+            yield layers[number]
+            self._leave(number, update)
+
+    def synchronize(self) -> None:
+        """Wait for every copy that is under way."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def _slot(self, number: int, piece: str) -> int | str:
+        return number % len(self.weights) if piece == "weights" else piece
+
+    def _fetch(self, number: int, piece: str) -> "torch.cuda.Event | None":
+        with torch.cuda.stream(self.inward) if self.cuda else nullcontext():
+            if self.cuda and self._slot(number, piece) in self.free:
+                self.inward.wait_event(self.free[self._slot(number, piece)])
+            self.store.read(f"{number}.{piece}", self.layers[number, piece])
+            return self.inward.record_event() if self.cuda else None
+
+    def _await(self, event: "torch.cuda.Event | None") -> None:
+        if event is not None:
+            torch.cuda.current_stream().wait_event(event)
+
+    def _await_moments(self) -> None:
+        self._await(self._moments_arrived)
+
+    def _leave(self, number: int, update: bool) -> None:
+        if self.cuda:
+            done = torch.cuda.current_stream().record_event()
+            self.outward.wait_event(done)
+        pieces = ["weights"] + ["moments"] * (self.steps is not None) if update else []
+        with torch.cuda.stream(self.outward) if self.cuda else nullcontext():
+            for piece in pieces:
+                self.store.write(f"{number}.{piece}", self.layers[number, piece])
+            if self.cuda:
+                for piece in pieces or ["weights"]:
+                    self.free[self._slot(number, piece)] = self.outward.record_event()
+
+
+def _aligned(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT
+
+
+class StreamedForwardForward(ForwardForward):
+    """A `ForwardForward` network of which one layer at a time is on the device.
+
+    store: "memory" of the host, or a folder (device "cpu" only) that must have room for three
+        times the weights. ahead: layers whose weights are fetched in advance, 0 or 1.
+    Everything else is as in `ForwardForward`: it trains, guesses and predicts by the same
+    calls, and `state_dict` and `load_state_dict` exchange weights with a resident one.
+    """
+
+    def __init__(
+        self,
+        pixels: int,
+        classes: int,
+        hidden: list[int],
+        *,
+        store: str | os.PathLike = "memory",
+        ahead: int = 1,
+        device: str | torch.device = "cpu",
+        **settings: object,
+    ) -> None:
+        checks.number("ahead", ahead, 0, 1, whole=True)
+        self._place_kept = (open_store(store, torch.device(device)), ahead)
+        super().__init__(pixels, classes, hidden, device=device, **settings)
+
+    def place(self, number: int, make: Callable[..., FFLayer]) -> FFLayer:
+        """Make a layer on the host and send it to the store."""
+        layer = make()
+        if number == 0:
+            widths = [layer.weight.shape[1], *self.hidden]
+            self.slots = Slots(widths, *self._place_kept, self.gradient)
+        return self.slots.take(number, layer)
+
+    def visit(self, numbers: Sequence[int], update: bool = False) -> Iterator[FFLayer]:
+        """The layers of these numbers, fetched one after the other."""
+        yield from self.slots.visit(self.layers, numbers, update)
+
+    def keep(self, activities: Iterator[torch.Tensor]) -> Iterable[torch.Tensor]:
+        """Activities kept in the store, to be read one at a time."""
+        return _Kept(self.slots.store, activities)
+
+    def state_dict(self, *arguments: object, **keywords: object) -> dict[str, torch.Tensor]:
+        """As a resident network's, every tensor copied to the host."""
+        state = super().state_dict(*arguments, **keywords)
+        for number in range(len(self.layers)):
+            for layer in self.visit([number], update=True):
+                self.slots._await_moments()
+                found = layer.state_dict(prefix=f"layers.{number}.")
+                state |= {name: tensor.cpu().clone() for name, tensor in found.items()}
+        self.slots.synchronize()
+        return state
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+        """Take over a resident network's weights and optimizer state, layer by layer."""
+        found = super().load_state_dict(state_dict, strict)
+        for number in range(len(self.layers)):
+            prefix = f"layers.{number}."
+            for layer in self.visit([number], update=True):
+                self.slots._await_moments()
+                own = {k.removeprefix(prefix): v for k, v in state_dict.items()}
+                layer.load_state_dict(own, strict=False)
+        self.slots.synchronize()
+        return found
+
+    def _apply(self, function, recurse: bool = True):
+        raise RuntimeError("a streamed network stays where it was built: give `device` there.")
+
+
+class _Kept:
+    """Tensors of one dtype and device in a store, in the order they came."""
+
+    def __init__(self, store: Memory | Files, tensors: Iterable[torch.Tensor]) -> None:
+        self.store, self.like = store, []
+        for number, tensor in enumerate(tensors):
+            store.write(f"kept.{number}", tensor)
+            self.like.append((tensor.shape, tensor.dtype, tensor.device))
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for number, (shape, dtype, device) in enumerate(self.like):
+            empty = torch.empty(shape, dtype=dtype, device=device)
+            yield self.store.read(f"kept.{number}", empty)
+
+
+class StreamedBackprop(nn.Module):
+    """The backprop network with everything but the layer at work on the host: the strongest
+    opponent of streamed Forward-Forward.
+
+    A step goes up through the layers, leaving each one's input on the host, and down again,
+    fetching them, by the chain rule written out: dz = dy where y > 0, dW = dz^T h, dh = dz W.
+    Weights travel up once more than in FF, activities three times.
+    """
+
+    def __init__(
+        self,
+        pixels: int,
+        classes: int,
+        hidden: list[int],
+        *,
+        store: str | os.PathLike = "memory",
+        ahead: int = 1,
+        optimizer: str = "adam",
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        widths = [pixels, *hidden, classes]
+        largest = max(below * above for below, above in pairwise(widths))
+        self.register_buffer("gradient", torch.zeros(largest, device=device, dtype=dtype))
+        place = open_store(store, torch.device(device))
+        self.slots = Slots(widths, place, ahead, self.gradient)
+        generator = torch.Generator().manual_seed(seed)
+        kind = {"optimizer": optimizer, "generator": generator, "dtype": dtype}
+        self.layers = nn.ModuleList(
+            self.slots.take(number, FFLayer(below, above, **kind))
+            for number, (below, above) in enumerate(pairwise(widths))
+        )
+
+    def forward(self, images: torch.Tensor, keep: bool = False) -> torch.Tensor:
+        """Logits (rows, classes) of images (rows, pixels); `keep` stores each layer's input."""
+        h, last = images, len(self.layers) - 1
+        for number, layer in enumerate(self.slots.visit(self.layers, range(last + 1), False)):
+            if keep and number > 0:
+                self.slots.store.write(f"kept.{number}", h)
+            h = layer(h) if number < last else torch.addmm(layer.bias, h, layer.weight.t())
+        return h
+
+    def step(
+        self, images: torch.Tensor, labels: torch.Tensor, learning_rate: float
+    ) -> torch.Tensor:
+        """Train every layer on one batch; returns the mean cross-entropy ()."""
+        logits = self(images, keep=True)
+        loss = nn.functional.cross_entropy(logits, labels)
+        dz = logits.softmax(dim=1)
+        dz[torch.arange(len(labels), device=labels.device), labels] -= 1
+        dz /= len(labels)
+        del logits
+        downwards = range(len(self.layers) - 1, -1, -1)
+        for number, layer in zip(
+            downwards, self.slots.visit(self.layers, downwards, True), strict=True
+        ):
+            outputs, inputs = layer.weight.shape
+            dw = self.gradient[: outputs * inputs].view(outputs, inputs)
+            torch.mm(dz.t(), self._kept(number, images, inputs), out=dw)
+            db = dz.sum(dim=0)
+            if number > 0:
+                dz = dz @ layer.weight
+                # Read again rather than kept: one activity less on the device.
+                torch.ops.aten.threshold_backward.grad_input(
+                    dz, self._kept(number, images, inputs), 0, grad_input=dz
+                )
+            layer.optimizer.update([dw, db], learning_rate)
+        return loss
+
+    def _kept(self, number: int, images: torch.Tensor, width: int) -> torch.Tensor:
+        if number == 0:
+            return images
+        return self.slots.store.read(f"kept.{number}", images.new_empty(len(images), width))

@@ -1,0 +1,142 @@
+import pytest
+import torch
+
+from ff_utils import datasets, training
+from ff_utils.networks import ForwardForward, backprop_network
+from ff_utils.streaming import StreamedBackprop, StreamedForwardForward
+
+HIDDEN = [24, 16, 24, 24]
+SETTINGS = {"label_scale": 4.0, "theta": 1.0, "scale": 30.0, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return datasets.load("digits", 300)
+
+
+@pytest.fixture(params=["memory", "files"])
+def store(request, tmp_path):
+    return "memory" if request.param == "memory" else tmp_path / "layers"
+
+
+def equal(one, other):
+    state, found = one.state_dict(), other.state_dict()
+    return state.keys() == found.keys() and all(torch.equal(state[k], found[k]) for k in state)
+
+
+def pair(data, store, **settings):
+    given = SETTINGS | settings
+    resident = ForwardForward(data.pixels, data.classes, HIDDEN, **given)
+    streamed = StreamedForwardForward(data.pixels, data.classes, HIDDEN, store=store, **given)
+    return resident, streamed
+
+
+@pytest.mark.parametrize("schedule", training.SCHEDULES)
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_streamed_learns_what_resident_learns_bit_for_bit(digits, store, schedule, optimizer):
+    resident, streamed = pair(digits, store, optimizer=optimizer)
+    assert equal(resident, streamed)
+    tables = [
+        training.train_forward_forward(
+            network,
+            digits,
+            epochs=2,
+            batch_size=40,
+            learning_rate=0.003,
+            schedule=schedule,
+            quiet=True,
+        )
+        for network in (resident, streamed)
+    ]
+    assert equal(resident, streamed)
+    assert tables[0].drop(columns="seconds").equals(tables[1].drop(columns="seconds"))
+    assert training.goodness_errors(resident, digits) == training.goodness_errors(streamed, digits)
+    for by in ("goodness", "softmax"):
+        found = [network.predict(digits.test_images, by) for network in (resident, streamed)]
+        assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_fetching_ahead_and_micro_batches_change_no_bit(digits, store, ahead, micro_batches):
+    resident, streamed = pair(digits, store)
+    streamed = StreamedForwardForward(
+        digits.pixels, digits.classes, HIDDEN, store=store, ahead=ahead, **SETTINGS
+    )
+    h = resident.inputs(digits.train_images[:60], digits.train_labels[:60])
+    for _ in range(3):
+        expected = resident.step(h.clone(), 30, 0.01, micro_batches)
+        assert torch.equal(streamed.step(h.clone(), 30, 0.01, micro_batches), expected)
+    assert equal(resident, streamed)
+
+
+def test_layer_after_layer_from_files_is_layer_after_layer_from_memory(digits, store, tmp_path):
+    resident, streamed = pair(digits, store)
+    settings = {"epochs": 15, "batch_size": 40, "learning_rate": 0.01, "quiet": True}
+    tables = [
+        training.train_layer_after_layer(network, digits, store=kept, **settings)
+        for network, kept in ((resident, "memory"), (streamed, tmp_path / "kept"))
+    ]
+    assert equal(resident, streamed)
+    assert tables[0].drop(columns="seconds").equals(tables[1].drop(columns="seconds"))
+    assert list(tables[0].layer) == [layer for layer in (1, 2, 3, 4) for _ in range(15)]
+    first = tables[0][tables[0].layer == 1].loss
+    assert first.iloc[-1] < first.iloc[0]
+    assert training.goodness_errors(resident, digits)[0] < 0.5
+
+
+def test_weights_go_to_and_from_a_resident_network(digits, store):
+    resident, streamed = pair(digits, store)
+    other = ForwardForward(digits.pixels, digits.classes, HIDDEN, **(SETTINGS | {"seed": 6}))
+    streamed.load_state_dict(other.state_dict())
+    assert equal(other, streamed) and not equal(resident, streamed)
+    resident.load_state_dict(streamed.state_dict())
+    assert equal(resident, other)
+
+
+def test_streamed_backprop_learns_what_plain_backprop_learns(store):
+    network = backprop_network(30, 10, HIDDEN, dtype=torch.float64)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
+    streamed = StreamedBackprop(30, 10, HIDDEN, store=store, dtype=torch.float64)
+    linears = [module for module in network if isinstance(module, torch.nn.Linear)]
+    with torch.no_grad():
+        for number, linear in enumerate(linears):
+            (layer,) = streamed.slots.visit(streamed.layers, [number], False)
+            linear.weight.copy_(layer.weight)
+            linear.bias.copy_(layer.bias)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        images = torch.rand(50, 30, generator=generator, dtype=torch.float64)
+        labels = torch.randint(10, (50,), generator=generator)
+        expected = training.backprop_step(network, optimizer, images, labels)
+        assert torch.allclose(streamed.step(images, labels, 1e-3), expected)
+    for number, linear in enumerate(linears):
+        (layer,) = streamed.slots.visit(streamed.layers, [number], False)
+        assert torch.allclose(layer.weight, linear.weight, atol=1e-12)
+        assert torch.allclose(layer.bias, linear.bias, atol=1e-12)
+
+
+def test_a_layers_file_that_is_cut_short_or_gone_is_one_sentence(digits, tmp_path):
+    _, streamed = pair(digits, tmp_path)
+    (tmp_path / "1.weights").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"1\.weights is missing or not whole: start again"):
+        streamed.predict(digits.test_images[:5])
+    (tmp_path / "1.weights").unlink()
+    with pytest.raises(ValueError, match=r"1\.weights is missing or not whole"):
+        streamed.predict(digits.test_images[:5])
+
+
+def test_a_disk_that_is_full_is_one_sentence(digits, tmp_path):
+    _, streamed = pair(digits, tmp_path)
+    (tmp_path / "2.weights").unlink()
+    (tmp_path / "2.weights").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"could not be written .No space left.*more room"):
+        streamed.slots.store.write("2.weights", torch.rand(5000))
+
+
+def test_a_streamed_network_is_not_moved_and_reads_only_what_it_knows(digits):
+    _, streamed = pair(digits, "memory")
+    with pytest.raises(RuntimeError, match="stays where it was built: give `device` there"):
+        streamed.to(torch.float64)
+    with pytest.raises(ValueError, match="ahead is 2; give a whole number"):
+        StreamedForwardForward(20, 4, [5], ahead=2)
