@@ -19,7 +19,7 @@ endif
 .SUFFIXES:
 # Time and memory are measured with nothing else running.
 .NOTPARALLEL:
-.PHONY: help reproduce data publish test lint lab clean $(NUMBERS)
+.PHONY: help reproduce data publish test verify lint lab clean $(NUMBERS)
 .DEFAULT_GOAL := help
 
 help:  ## print this help
@@ -34,6 +34,9 @@ data: build/data  ## fetch and check MNIST, or say what stands in for it
 test: $(READY)  ## the linter and all tests
 	@$(PY) -m ruff check && $(PY) -m ruff format --check
 	@$(PY) -m pytest
+
+verify: $(READY)  ## judge every claim of the ledger against the records
+	@$(PY) -m ff_utils.claims
 
 lint: $(READY)  ## format the code and report what the formatter cannot mend
 	@$(PY) -m ruff format && $(PY) -m ruff check --fix
@@ -82,5 +85,5 @@ $(foreach name,$(NAMES),$(eval $(call numbered,$(name))))
 
 # Notebooks that read the records of others.
 $(OUT)/04_backprop_baseline.ipynb: $(OUT)/02_ff_training.ipynb
-$(OUT)/06_figures.ipynb: $(OUT)/02_ff_training.ipynb $(OUT)/03_ff_language_model.ipynb \
+$(OUT)/06_figures.ipynb: data/claims.yaml $(OUT)/02_ff_training.ipynb $(OUT)/03_ff_language_model.ipynb \
   $(OUT)/04_backprop_baseline.ipynb $(OUT)/05_memory_profiling.ipynb

@@ -211,6 +211,23 @@ def _ff_micro_batches(s: Setting) -> Arm:
     return _ff(s, micro_batches=closed_form.MICRO_BATCHES)
 
 
+def _ff_accumulated(s: Setting) -> Arm:
+    """Each part of the batch through all layers, gradients of all of them added up."""
+    network = ForwardForward(
+        PIXELS, CLASSES, [s.hidden] * s.depth, optimizer=s.optimizer, **_kind(s)
+    )
+    network.gradient = network.gradient[:0].clone()  # every layer has one of its own here
+    images, _ = _rows(s, s.batch)
+    parts = closed_form.MICRO_BATCHES
+    rows = max(1, s.batch // (4 * parts * CLASSES))
+    return Arm(
+        network=network.layers,
+        train=lambda: network.step_accumulated(images, s.batch // 2, 1e-3, parts),
+        evaluate=lambda: network.predict(images[:rows], rows=rows * CLASSES),
+        resident={"optimizer_state": list(network.layers.buffers()), "inputs": [images]},
+    )
+
+
 def _ff_streamed(s: Setting) -> Arm:
     return _ff(s, StreamedForwardForward, store=s.store)
 
@@ -308,6 +325,7 @@ ARMS = {
     "ff_resident": ArmKind(_ff, "FF, analytic step"),
     "ff_hard_negatives": ArmKind(_ff_hard_negatives, "FF, hard negatives"),
     "ff_micro_batches": ArmKind(_ff_micro_batches, "FF, micro-batches"),
+    "ff_accumulated": ArmKind(_ff_accumulated, "FF, accumulated"),
     "ff_streamed": ArmKind(_ff_streamed, "FF, streamed"),
     "ff_frugal": ArmKind(_ff_frugal, "FF, streamed, micro-batches"),
     "ff_seed": ArmKind(_ff_seed, "FF (seed)"),

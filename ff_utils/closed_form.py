@@ -373,6 +373,18 @@ def _ff_micro_batches(s: Setting) -> Moment:
     return _largest(_ff_resident(s) | moment for moment in _ff_moments(s, MICRO_BATCHES))
 
 
+def _ff_accumulated(s: Setting) -> Moment:
+    """Four copies of the weights, activations of a part of the batch."""
+    part = replace(s, batch=-(-s.batch // MICRO_BATCHES))
+    stays = {
+        "parameters": s.layers(),
+        "optimizer_state": s.state(s.layers(), s.depth),
+        "gradients": s.layers(),
+        "inputs": s.images,
+    }
+    return _largest(stays | moment for moment in _ff_moments(part))
+
+
 def _ff_streamed(s: Setting, ahead: int = 1, micro_batches: int = 1) -> Moment:
     """One layer, the next one's weights, one gradient, one layer's input and output."""
     stays = {
@@ -424,18 +436,26 @@ def _ff_seed(s: Setting, cached_rows: int | None = None) -> Moment:
         "gradients": weights,
         "optimizer_state": s.state(weights, s.depth),
     }
-    moments = []
-    # The last part of the data set, which may be short, or the whole one before it.
-    for part, done in ((last_part, 0), (min(s.batch, rows), last_part)):
-        cached = rows * below + (rows - done) * s.hidden
+    layer = s.element * (below * s.hidden + s.hidden)
+    cached, batch = s.element * rows * below, min(s.batch, rows)
+    read = s.element * batch * below
+    moments = [
+        # The last layer's training step: its backward pass, its update.
+        {
+            "activations": read + 2 * s.activation,
+            "temporaries": 3 * s.activation,
+            "gradients": weights - layer,
+            "inputs": cached,
+        },
+        {"activations": 2 * s.activation, "inputs": cached} | _unfused(s, layer),
+    ]
+    # Its output: the last part of the data set, which may be short, or the whole one before.
+    for part, done in ((last_part, 0), (batch, last_part)):
+        made = s.element * (rows - done) * s.hidden
         moments.append(
-            stays
-            | {
-                "activations": s.element * part * s.hidden,
-                "inputs": s.element * cached,
-            }
+            {"activations": s.element * part * max(s.hidden, below), "inputs": cached + made}
         )
-    return _largest(moments[: 1 if last_part == rows else 2])
+    return _largest(stays | moment for moment in moments[: 3 if last_part == rows else 4])
 
 
 def _ff_seed_uncached(s: Setting) -> Moment:
@@ -488,6 +508,7 @@ FORMS = {
     "ff_resident": _ff_resident,
     "ff_hard_negatives": _ff_hard_negatives,
     "ff_micro_batches": _ff_micro_batches,
+    "ff_accumulated": _ff_accumulated,
     "ff_streamed": _ff_streamed,
     "ff_frugal": _ff_frugal,
     "ff_seed": _ff_seed,

@@ -14,7 +14,8 @@ import torch
 from IPython.display import Image, display
 from matplotlib.figure import Figure
 
-from ff_utils.memory import ARMS, CATEGORIES
+from ff_utils.arms import ARMS
+from ff_utils.live_bytes import CATEGORIES
 
 MIB = 2**20
 GIB = 2**30
@@ -23,10 +24,22 @@ ORANGE, PALE_ORANGE = "#d1541d", "#ecb795"
 GREY = "#6b6b6b"
 COLOURS = {
     "backprop": BLUE,
+    "backprop_checkpoint": "#3f97c9",
+    "backprop_optimizer_in_backward": "#2b4f81",
+    "backprop_offload": "#5f8fb5",
+    "backprop_micro_batches": "#1f9aa8",
+    "backprop_frugal": "#0a3161",
+    "backprop_streamed": "#4f4aa6",
     "backprop_seed": PALE_BLUE,
     "ff_resident": ORANGE,
     "ff_hard_negatives": "#8f2f0a",
+    "ff_micro_batches": "#e58a1f",
+    "ff_accumulated": "#c98a5e",
+    "ff_streamed": "#b81f24",
+    "ff_frugal": "#7d1533",
     "ff_seed": PALE_ORANGE,
+    "ff_seed_uncached": "#dba183",
+    "ff_recurrent": "#d8c08c",
 }
 POSITIVE, NEGATIVE = "#2a8c82", "#a5528f"
 CATEGORY_COLOURS = dict(zip(CATEGORIES, sns.color_palette("colorblind", 6), strict=True))
@@ -197,12 +210,14 @@ def curves(
     return figure
 
 
-def _label_ends(axis: plt.Axes, ends: list[tuple[float, float, str, str]]) -> None:
+def _label_ends(
+    axis: plt.Axes, ends: list[tuple[float, float, str, str]], all_right: bool = False
+) -> None:
     """Names at the right of the axes, at the height of their lines' ends, moved apart."""
     to_axes = axis.transAxes.inverted()
     axis.figure.canvas.draw()
     heights = [to_axes.transform(axis.transData.transform((x, y)))[1] for x, y, _, _ in ends]
-    gap = 0.075 * 3.8 / axis.figure.get_figheight()
+    gap = (0.06 if all_right else 0.075) * 3.8 / axis.figure.get_figheight()
     right = max(x for x, _, _, _ in ends)
     order = np.argsort(heights)
     placed: dict[int, float] = {}
@@ -212,7 +227,7 @@ def _label_ends(axis: plt.Axes, ends: list[tuple[float, float, str, str]]) -> No
         floor = placed[position]
     overflow = max(0.0, floor - 0.95)
     for position, (x, y, name, colour) in enumerate(ends):
-        if x < right:  # a line that ends early carries its name at its end
+        if x < right and not all_right:  # a line that ends early carries its name at its end
             axis.annotate(
                 name,
                 (x, y),
@@ -293,21 +308,23 @@ def memory_lines(
     title: str,
     note: str = "",
     log: bool = False,
+    x: str = "depth",
     measured: pd.DataFrame | None = None,
     unit: tuple[str, int] = ("GiB", GIB),
 ) -> Figure:
-    """Peak memory against depth, one line an arm, labelled at its end.
+    """Peak memory against "depth" or "batch" (`x`), one line an arm, labelled at its end.
 
+    log: both axes for batch, the memory axis alone for depth.
     measured: rows of another instrument, drawn as open circles over the lines.
     """
     name, size = unit
-    figure, axis = plt.subplots(figsize=(8, 4.4))
+    figure, axis = plt.subplots(figsize=(8, 4.8))
     ends = []
     for arm, rows in table.groupby("arm", sort=False):
-        rows = rows.sort_values("depth")
-        axis.plot(rows.depth, rows.peak_bytes / size, color=COLOURS[arm], lw=2.4)
+        rows = rows.sort_values(x)
+        axis.plot(rows[x], rows.peak_bytes / size, color=COLOURS[arm], lw=2.4)
         end = rows.iloc[-1]
-        ends.append((end.depth, end.peak_bytes / size, ARMS[arm].title, COLOURS[arm]))
+        ends.append((end[x], end.peak_bytes / size, ARMS[arm].title, COLOURS[arm]))
     if measured is not None:
         axis.scatter(
             measured.depth,
@@ -318,17 +335,100 @@ def memory_lines(
             lw=1.6,
             zorder=3,
         )
-    axis.set_xticks(sorted(table.depth.unique()))
+    if log and x != "depth":
+        axis.set_xscale("log")
+    ticks = sorted(table[x].unique())
+    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axis.tick_params(axis="x", which="minor", bottom=False)
     if log:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     else:
         axis.set_ylim(bottom=0)
-    axis.set(xlabel="hidden layers", ylabel=f"peak memory of a training step ({name})")
-    axis.set_title(title)
+    xlabel = {"depth": "hidden layers", "batch": "rows a step"}[x]
+    axis.set(xlabel=xlabel, ylabel=f"peak memory of a training step ({name})", title=title)
     _label_ends(axis, ends)
     _note(figure, note)
     return figure
+
+
+def panels_of_lines(
+    panels: dict[str, pd.DataFrame], *, title: str, note: str = "", columns: int = 2
+) -> Figure:
+    """Peak memory against depth in panels on one scale, lines labelled in the panel."""
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4.4 * columns, 3.1 * lines), sharex=True, sharey=True
+    )
+    for axis, (name, table) in zip(axes.ravel(), panels.items(), strict=True):
+        for arm, rows in table.groupby("arm", sort=False):
+            sizes = rows.sort_values("depth")
+            label = sizes["label"].iloc[0] if "label" in sizes else ARMS[arm].title
+            axis.plot(sizes.depth, sizes.peak_bytes / GIB, color=COLOURS[arm], lw=2.4, label=label)
+        axis.legend(fontsize=8.5, loc="upper left")
+        axis.set_title(name, fontsize=10, weight="normal")
+    for axis in axes[-1]:
+        axis.set_xlabel("hidden layers")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("peak memory (GiB)")
+    axes[0, 0].set_ylim(bottom=0)
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
+    _note(figure, note)
+    return figure
+
+
+def saving_map(saved: pd.DataFrame, *, title: str, note: str = "") -> Figure:
+    """Share of memory saved, in each cell of `saved`: depths down, batch sizes across."""
+    figure, axis = plt.subplots(figsize=(7.6, 0.42 * len(saved) + 1.8))
+    sns.heatmap(
+        100 * saved,
+        annot=True,
+        fmt=".0f",
+        cmap="PuOr_r",
+        center=0,
+        vmin=-60,
+        vmax=60,
+        linewidths=0.5,
+        cbar_kws={"label": "% saved by FF"},
+        annot_kws={"fontsize": 9},
+        ax=axis,
+    )
+    axis.set(xlabel="rows a step", ylabel="hidden layers", title=title)
+    axis.set_xticklabels([f"{int(label.get_text()):,}" for label in axis.get_xticklabels()])
+    axis.tick_params(rotation=0)
+    axis.grid(False)
+    _note(figure, note)
+    return figure
+
+
+def memory_and_time(table: pd.DataFrame, *, title: str, note: str = "") -> Figure:
+    """Peak memory against seconds of a step, one point an arm, and the Pareto front.
+
+    An arm is on the front if no other needs both less memory and less time.
+    """
+    figure, axis = plt.subplots(figsize=(7.2, 5.2))
+    front = pareto_front(table)
+    axis.plot(front.seconds, front.peak_bytes / MIB, color=GREY, lw=1.2, ls="--", zorder=1)
+    ends = []
+    for row in table.itertuples():
+        place, colour = (row.seconds, row.peak_bytes / MIB), COLOURS[row.arm]
+        inside = colour if row.arm in set(front.arm) else "white"
+        axis.scatter(*place, s=70, color=inside, edgecolors=colour, lw=1.8, zorder=3)
+        ends.append((*place, ARMS[row.arm].title, colour))
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
+    axis.margins(x=0.06, y=0.1)
+    axis.set(xlabel="seconds a step", ylabel="peak memory of a step (MiB)", title=title)
+    _label_ends(axis, ends, all_right=True)
+    _note(figure, note)
+    return figure
+
+
+def pareto_front(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that no other row beats in both `seconds` and `peak_bytes`, fastest first."""
+    ordered = table.sort_values(["seconds", "peak_bytes"])
+    best = ordered.peak_bytes.cummin().shift(fill_value=float("inf"))
+    return ordered[ordered.peak_bytes < best]
 
 
 def memory_bars(table: pd.DataFrame, *, title: str, note: str = "") -> Figure:
@@ -400,7 +500,7 @@ def anatomy(
             (peak + 1, total[peak]),
             xytext=(0, 7),
             textcoords="offset points",
-            ha="center",
+            ha="left" if peak < len(steps) / 4 else "center",
             fontsize=9.5,
             weight="bold",
         )
@@ -425,7 +525,7 @@ def predicted_and_measured(table: pd.DataFrame, title: str) -> Figure:
     """Every measured peak against its closed form, one panel an instrument, with y = x."""
     instruments = list(table.instrument.unique())
     figure, axes = plt.subplots(
-        1, len(instruments), figsize=(4 * len(instruments), 3.8), squeeze=False
+        1, len(instruments), figsize=(4 * len(instruments) + 2.6, 4.2), squeeze=False
     )
     for axis, instrument in zip(axes[0], instruments, strict=True):
         rows = table[table.instrument == instrument]
@@ -442,7 +542,8 @@ def predicted_and_measured(table: pd.DataFrame, title: str) -> Figure:
         axis.plot(ends, ends, color=GREY, lw=1, ls="--", zorder=0)
         axis.set(xscale="log", yscale="log", xlabel="closed form (MiB)", ylabel="measured (MiB)")
         axis.set_title(instrument, fontsize=11)
-    axes[0, 0].legend(fontsize=9)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8.5, loc="outside right center")
     figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
     return figure
 

@@ -204,18 +204,14 @@ class FFLayer(nn.Module):
         Nothing of a batch's size is made but y itself, which leaves as the next layer's input.
         """
         outputs, inputs = self.weight.shape
-        dw, db = gradient[: self.weight.numel()].view_as(self.weight), torch.zeros_like(self.bias)
+        dw, db = gradient[: self.weight.numel()].view_as(self.weight), torch.empty_like(self.bias)
         output = h if outputs == inputs or micro_batches == 1 else h.new_empty(len(h), outputs)
-        counts, loss = (positives, len(h) - positives), 0
+        loss = 0
         starts = range(0, len(h), -(-len(h) // micro_batches))
         for start in starts:
             part = h[start : start + starts.step]
-            y = self(part)
-            here = min(max(positives - start, 0), len(part))
-            value, slope = self.local_loss(goodness(y), here, counts)
-            row_scale = normalise_(y, self.normalisation).mul_(slope).mul_(2 / outputs)
-            dw.addmm_(y.t(), part.mul_(row_scale[:, None]), beta=float(start > 0))
-            db.addmv_(y.t(), row_scale)
+            rows = (start, positives, len(h))
+            y, value = self.add_gradient(part, rows, dw, db, first=start == 0)
             loss = loss + value
             if micro_batches == 1:
                 output = y
@@ -224,6 +220,28 @@ class FFLayer(nn.Module):
                 del y  # before the next part's is made
         self.optimizer.update([dw, db], learning_rate)
         return output, loss
+
+    def add_gradient(
+        self,
+        h: torch.Tensor,
+        rows: tuple[int, int, int],
+        dw: torch.Tensor,
+        db: torch.Tensor,
+        first: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the gradient of some of a batch's rows to `dw` and `db` (or, if `first`, put it
+        there); returns their normalised output and their share of the loss.
+
+        h: OVERWRITTEN. rows: the batch's row that h begins with, its positive rows, all its rows.
+        """
+        start, positives, count = rows
+        y = self(h)
+        here = min(max(positives - start, 0), len(h))
+        value, slope = self.local_loss(goodness(y), here, (positives, count - positives))
+        row_scale = normalise_(y, self.normalisation).mul_(slope).mul_(2 / y.shape[1])
+        dw.addmm_(y.t(), h.mul_(row_scale[:, None]), beta=0.0 if first else 1.0)
+        db.addmv_(y.t(), row_scale, beta=0.0 if first else 1.0)
+        return y, value
 
     def local_loss(
         self, g: torch.Tensor, positives: int, counts: tuple[int, int]

@@ -36,7 +36,6 @@ class Layer(nn.Module):
         for part, sign in parts:
             logits = sign * (part.pow(2).mean(dim=1) - THETA)
             loss = loss + torch.log(1 + torch.nan_to_num(torch.exp(logits))).mean()
-        del parts, part
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -74,7 +73,7 @@ class ProgressiveForwardForward(nn.Module):
         outputs = []
         with torch.no_grad():
             for part in parts:
-                z = layer.linear(part)
+                z = layer.linear(normalised(part))
                 with counted_as("inputs"):
                     outputs.append(z.relu())
                 del z
@@ -84,7 +83,7 @@ class ProgressiveForwardForward(nn.Module):
         for layer in self.layers:
             self._train(layer, h, positives)
             with torch.no_grad():
-                h = normalised(layer(h))
+                h = layer(normalised(h))
 
     @torch.no_grad()
     def evaluate(self, images: torch.Tensor) -> torch.Tensor:
@@ -95,13 +94,12 @@ class ProgressiveForwardForward(nn.Module):
             h = torch.cat([images, one_hot], dim=1)
             total = images.new_zeros(len(images))
             for layer in self.layers:
-                h = layer(h)
+                h = layer(normalised(h))
                 total += h.pow(2).mean(dim=1)
-                h = normalised(h)
         return total
 
     def _train(self, layer: Layer, h: torch.Tensor, positives: int) -> None:
-        layer.learn(layer(h), positives)
+        layer.learn(layer(normalised(h)), positives)
 
 
 class RecurrentForwardForward(nn.Module):

@@ -115,3 +115,16 @@ def test_the_baseline_leaves_the_global_random_state_alone():
     torch.manual_seed(0)
     networks.backprop_network(20, 4, [8], seed=9)
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+def test_gradients_added_up_over_parts_are_those_of_the_batch(micro_batches):
+    one, other = make(seed=1), make(seed=1)
+    h = one.inputs(images(8), torch.tensor([0, 1, 2, 3, 0, 1, 2, 3]))
+    for _ in range(3):
+        expected = one.step(h.clone(), 3, 0.01)
+        kept = h.clone()
+        found = other.step_accumulated(h, 3, 0.01, micro_batches)
+        assert torch.allclose(found, expected, atol=1e-12) and torch.equal(h, kept)
+    for name, tensor in one.state_dict().items():
+        assert torch.allclose(other.state_dict()[name], tensor, atol=1e-10), name
