@@ -167,10 +167,7 @@ def _backprop_moments(
     offload: bool = False,
     micro_batches: int = 1,
 ) -> list[Moment]:
-    """Every moment of a backprop step that can be its peak, by layer and kind of work.
-
-    runs: layers between checkpoints; one run of all layers without them.
-    """
+    """Every moment of a backprop step that can be its peak, by layer and kind of work."""
     part = replace(s, batch=-(-s.batch // micro_batches))
     a = part.activation
     weights = s.layers() + s.classifier
@@ -202,8 +199,6 @@ def _backprop_moments(
             fetched = a if offload and number > 0 and not last else 0
             for inside in range(1, run + 1):
                 layer += 1
-                if layer not in _telling(s.depth, runs, layer, inside):
-                    continue
                 here = stays | {"gradients": gradients(layer)}
                 inward = a if layer > 1 else 0
                 kept = 0 if offload and last else inside * a
@@ -219,11 +214,6 @@ def _backprop_moments(
                     again = (run + 2) * a if run > 1 or number > 0 else 3 * a
                     moments.append(here | {"activations": below, "temporaries": again + fetched})
     return moments
-
-
-def _telling(depth: int, runs: list[int], layer: int, inside: int) -> Iterable[int]:
-    """Layers whose moments can be the largest: the ends of the network and of each run."""
-    return (layer,) if depth <= 64 or inside in (1, 2, *runs) or layer in (1, depth) else ()
 
 
 def _accumulated(

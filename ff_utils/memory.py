@@ -39,6 +39,10 @@ INSTRUMENTS = ("simulated", "tracked", "rss", "cuda")
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
+class DoesNotFitError(ValueError):
+    """More memory is predicted to be needed than is free."""
+
+
 @dataclass
 class Report:
     """Peak bytes of one arm's training step and evaluation under one instrument.
@@ -77,9 +81,9 @@ def measure(
 ) -> Report:
     """Measure one arm. `rss` and `cuda` run in a fresh process of their own.
 
-    Raises ValueError before anything runs where the real instruments would need more memory
-    than is free, unless `override`. A process that dies (out of memory, killed) gives a report
-    with `error`, not an exception.
+    Raises DoesNotFitError before anything runs where the real instruments would need more
+    memory than is free, unless `override`. A process that dies (out of memory, killed) gives
+    a report with `error`, not an exception.
     """
     s = Setting(depth, hidden, batch, optimizer, precision)
     predicted = _check(arm, s, instrument)
@@ -101,15 +105,20 @@ def sweep(
 ) -> pd.DataFrame:
     """Measure every arm at every depth with every instrument; one row a report.
 
-    The breakdown's categories are columns, in bytes.
+    The breakdown's categories are columns, in bytes. What does not fit, or dies, is a row whose
+    `error` says why; the others are measured all the same.
     """
     points = [(i, arm, depth) for i in instruments for arm in arms for depth in depths]
     rows = []
     for instrument, arm, depth in progress.track(points, "point"):
-        report = asdict(
-            measure(arm, depth=depth, hidden=hidden, batch=batch, instrument=instrument)
-        )
-        rows.append(report | (report.pop("breakdown") or {}))
+        try:
+            report = measure(arm, depth=depth, hidden=hidden, batch=batch, instrument=instrument)
+        except DoesNotFitError as error:
+            predicted = _check(arm, Setting(depth, hidden, batch), instrument)
+            report = Report(arm, depth, hidden, batch, instrument, None, predicted)
+            report.error = str(error)
+        row = asdict(report)
+        rows.append(row | (row.pop("breakdown") or {}))
     return pd.DataFrame(rows)
 
 
@@ -223,7 +232,7 @@ def _refuse_what_does_not_fit(arm: str, s: Setting, instrument: str) -> None:
 
 def _refuse_beyond(need: int, free: int, what: str) -> None:
     if need > free:
-        raise ValueError(
+        raise DoesNotFitError(
             f"{what} {format_bytes(need)} and {format_bytes(free)} are free: lower depth, hidden "
             "or batch, take the simulated instrument, or override this check."
         )

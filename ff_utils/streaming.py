@@ -112,7 +112,7 @@ class Slots:
         self._moments_arrived = None
         self.cuda = like.device.type == "cuda"
         if self.cuda:
-            self.inward, self.outward = torch.cuda.Stream(), torch.cuda.Stream()
+            self.inward, self.outward = (torch.cuda.Stream(like.device) for _ in range(2))
             self.free: dict[int | str, torch.cuda.Event] = {}
 
     @property
@@ -147,6 +147,7 @@ class Slots:
             layer.register_buffer("weight_steps", self.steps[2 * number])
             layer.register_buffer("bias_steps", self.steps[2 * number + 1])
             layer.optimizer.before_update = self._await_moments
+        self.synchronize()  # what was written is whole before another stream reads it
         return layer
 
     def visit(

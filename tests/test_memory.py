@@ -206,6 +206,12 @@ def test_a_sweep_has_a_row_for_every_arm_depth_and_instrument():
     assert (table[list(CATEGORIES)].sum(axis=1) == table.peak_bytes).all()
 
 
+def test_what_does_not_fit_is_a_row_of_a_sweep():
+    table = memory.sweep(["backprop"], [2, 400_000], hidden=900, batch=20, instruments=["tracked"])
+    assert table.peak_bytes.notna().tolist() == [True, False]
+    assert "are free: lower depth" in table.error[1] and table.predicted_bytes[1] > 1e12
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
