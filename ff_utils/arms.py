@@ -21,6 +21,7 @@ class Arm:
 
     kept: what steps themselves leave behind, by category.
     timed: the step whose seconds compare with other arms', where `train` is not it.
+    trained: the network, where `network` holds only what it registers.
     moved: bytes moved between host and device since the arm was built.
     """
 
@@ -31,6 +32,7 @@ class Arm:
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
     kept: Callable[[], dict[str, list[torch.Tensor]]] = dict
     timed: Callable[[], object] | None = None
+    trained: object = None
     moved: Callable[[], int] = int
 
     def watch(self, live: LiveBytes) -> None:
@@ -126,34 +128,42 @@ def _backprop_micro_batches(s: Setting) -> Arm:
 
 
 def _backprop_frugal(s: Setting) -> Arm:
-    """All remedies; as many micro-batches as make the peak smallest."""
+    """The remedies together; checkpoints and micro-batches as they make the peak smallest."""
+    checkpoint, micro_batches = closed_form.frugal_choice(s)
     return _backprop_with(
         s,
-        checkpoint=True,
+        checkpoint=checkpoint,
         optimizer_in_backward=True,
         offload=True,
-        micro_batches=closed_form.frugal_micro_batches(s),
+        micro_batches=micro_batches,
     )
 
 
-def _backprop_streamed(s: Setting) -> Arm:
+def _backprop_streamed(s: Setting, ahead: int = 1, micro_batches: int = 1) -> Arm:
     network = StreamedBackprop(
         PIXELS,
         CLASSES,
         [s.hidden] * s.depth,
         store=s.store,
+        ahead=ahead,
         optimizer=s.optimizer,
         **_kind(s),
     )
     images, labels = _rows(s, s.batch)
+    some = images[: -(-s.batch // micro_batches)]
     return Arm(
         network=nn.Module(),
-        train=lambda: network.step(images, labels, 1e-3),
-        evaluate=lambda: network(images),
+        train=lambda: network.step(images, labels, 1e-3, micro_batches),
+        evaluate=lambda: network(some),
         resident=_streamed(network.slots, network.gradient, [images, labels]),
         kept=lambda: _on_host(network.slots),
         moved=lambda: network.slots.store.moved,
     )
+
+
+def _backprop_streamed_frugal(s: Setting) -> Arm:
+    """Streamed, nothing fetched ahead, rows in parts that rest on the host too."""
+    return _backprop_streamed(s, ahead=0, micro_batches=closed_form.MICRO_BATCHES)
 
 
 def _backprop_seed(s: Setting) -> Arm:
@@ -182,7 +192,13 @@ def _ff(s: Setting, kind: type[ForwardForward] = ForwardForward, **settings: obj
     """FF's layers on a batch of positive and negative rows, each trained before the next runs."""
     micro_batches = settings.pop("micro_batches", 1)
     network = kind(
-        PIXELS, CLASSES, [s.hidden] * s.depth, optimizer=s.optimizer, **_kind(s), **settings
+        PIXELS,
+        CLASSES,
+        [s.hidden] * s.depth,
+        optimizer=s.optimizer,
+        guesses=False,
+        **_kind(s),
+        **settings,
     )
     images, _ = _rows(s, s.batch)
     if slots := getattr(network, "slots", None):
@@ -203,6 +219,7 @@ def _ff(s: Setting, kind: type[ForwardForward] = ForwardForward, **settings: obj
         evaluate=lambda: network.predict(images[:rows], rows=rows * CLASSES),
         resident=resident,
         kept=lambda: _on_host(slots) if slots else {},
+        trained=network,
         moved=lambda: slots.store.moved if slots else 0,
     )
 
@@ -214,7 +231,7 @@ def _ff_micro_batches(s: Setting) -> Arm:
 def _ff_accumulated(s: Setting) -> Arm:
     """Each part of the batch through all layers, gradients of all of them added up."""
     network = ForwardForward(
-        PIXELS, CLASSES, [s.hidden] * s.depth, optimizer=s.optimizer, **_kind(s)
+        PIXELS, CLASSES, [s.hidden] * s.depth, optimizer=s.optimizer, guesses=False, **_kind(s)
     )
     network.gradient = network.gradient[:0].clone()  # every layer has one of its own here
     images, _ = _rows(s, s.batch)
@@ -233,9 +250,55 @@ def _ff_streamed(s: Setting) -> Arm:
 
 
 def _ff_frugal(s: Setting) -> Arm:
-    """Streamed, nothing fetched ahead, the rows in micro-batches."""
-    micro_batches = closed_form.MICRO_BATCHES
-    return _ff(s, StreamedForwardForward, store=s.store, ahead=0, micro_batches=micro_batches)
+    """Streamed, nothing fetched ahead, rows in parts that rest on the host too."""
+    parts = closed_form.MICRO_BATCHES
+    arm = _ff(s, StreamedForwardForward, store=s.store, ahead=0, micro_batches=parts)
+    network, (images,) = arm.trained, arm.resident["inputs"]
+    arm.train = lambda: network.step_in_parts(images, s.batch // 2, 1e-3, parts)
+    return arm
+
+
+def _ff_layerwise(s: Setting) -> Arm:
+    """`train_layer_after_layer`: a layer stays until it is trained, batches come from the host.
+
+    Timed is a batch in every layer; what a layer's coming, going and output cost once in all its
+    epochs is left out.
+    """
+    network = StreamedForwardForward(
+        PIXELS,
+        CLASSES,
+        [s.hidden] * s.depth,
+        optimizer=s.optimizer,
+        store=s.store,
+        ahead=0,
+        guesses=False,
+        **_kind(s),
+    )
+    store, slots = network.slots.store, network.slots
+    widths = [PIXELS] + [s.hidden] * s.depth
+    for name, width in {"first": PIXELS, "other": s.hidden}.items():
+        store.write(name, torch.rand(s.batch, width, **_kind(s)))
+
+    def learn(number: int, layer: nn.Module) -> None:
+        h = network.gradient.new_empty(s.batch, widths[number])
+        store.read("other" if number else "first", h)
+        layer.step(h, s.batch // 2, 1e-3, network.gradient)
+
+    def train() -> None:
+        ends = sorted({0, s.depth - 1})
+        for number, layer in zip(ends, network.visit(ends, update=True), strict=True):
+            learn(number, layer)
+
+    images, _ = _rows(s, max(1, s.batch // (4 * CLASSES)))
+    return Arm(
+        network=nn.Module(),
+        train=train,
+        evaluate=lambda: network.predict(images, rows=len(images) * CLASSES),
+        resident=_streamed(slots, network.gradient, [images]),
+        kept=lambda: _on_host(slots),
+        timed=lambda: [learn(*numbered) for numbered in enumerate(network.layers)],
+        moved=lambda: store.moved,
+    )
 
 
 def _streamed(slots: Slots, gradient: torch.Tensor, inputs: list[torch.Tensor]) -> dict:
@@ -319,15 +382,17 @@ ARMS = {
     ),
     "backprop_offload": ArmKind(_backprop_offload, "backprop, activations on host"),
     "backprop_micro_batches": ArmKind(_backprop_micro_batches, "backprop, micro-batches"),
-    "backprop_frugal": ArmKind(_backprop_frugal, "backprop, all remedies"),
+    "backprop_frugal": ArmKind(_backprop_frugal, "backprop, best remedies"),
     "backprop_streamed": ArmKind(_backprop_streamed, "backprop, streamed"),
+    "backprop_streamed_frugal": ArmKind(_backprop_streamed_frugal, "backprop, streamed in parts"),
     "backprop_seed": ArmKind(_backprop_seed, "backprop (seed)"),
     "ff_resident": ArmKind(_ff, "FF, analytic step"),
     "ff_hard_negatives": ArmKind(_ff_hard_negatives, "FF, hard negatives"),
     "ff_micro_batches": ArmKind(_ff_micro_batches, "FF, micro-batches"),
     "ff_accumulated": ArmKind(_ff_accumulated, "FF, accumulated"),
     "ff_streamed": ArmKind(_ff_streamed, "FF, streamed"),
-    "ff_frugal": ArmKind(_ff_frugal, "FF, streamed, micro-batches"),
+    "ff_frugal": ArmKind(_ff_frugal, "FF, streamed in parts"),
+    "ff_layerwise": ArmKind(_ff_layerwise, "FF, layer after layer"),
     "ff_seed": ArmKind(_ff_seed, "FF (seed)"),
     "ff_seed_uncached": ArmKind(_ff_seed_uncached, "FF (seed), no cache"),
     "ff_recurrent": ArmKind(_ff_recurrent, "recurrent FF (seed)"),

@@ -80,11 +80,11 @@ def memory_metrics(hidden: int = 2000, batch: int = 5000, depth: int = 47) -> di
         "seed_shallow": shallow.peak_bytes,
         "seed_shallow_evaluation": shallow.evaluation_peak_bytes,
         "streamed_1000_over_2_layers": form("ff_streamed", 1000) / form("ff_streamed", 2),
-        "streamed_backprop_over_streamed_ff": report("backprop_streamed", depth).peak_bytes
-        / report("ff_streamed", depth).peak_bytes,
+        "streamed_backprop_over_streamed_ff": report("backprop_streamed_frugal", depth).peak_bytes
+        / report("ff_frugal", depth).peak_bytes,
         "activations_a_layer": a_layer("ff_resident", lambda r: r.breakdown["activations"]),
         "recurrent_over_backprop": min(
-            form("ff_recurrent", d) / form("backprop_seed", d) for d in every if d >= min(15, depth)
+            form("ff_recurrent", d) / form("backprop_seed", d) for d in every
         ),
     }
 

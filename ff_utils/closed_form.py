@@ -15,6 +15,13 @@ CLASSES = 10
 PIXELS = 784
 MICRO_BATCHES = 8
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+STREAMED = (
+    "backprop_streamed",
+    "backprop_streamed_frugal",
+    "ff_streamed",
+    "ff_frugal",
+    "ff_layerwise",
+)
 STEP = 4  # bytes of Adam's step count, a float32 for every tensor
 
 
@@ -122,15 +129,22 @@ def host(arm: str, s: Setting) -> int:
     if arm == "backprop_offload":
         return s.depth * s.activation + 2 * s.logits
     if arm == "backprop_frugal":
-        part = replace(s, batch=-(-s.batch // frugal_micro_batches(s)))
-        runs = _segments(s.depth)
+        checkpoint, micro_batches = frugal_choice(s)
+        part = replace(s, batch=-(-s.batch // micro_batches))
+        runs = _segments(s.depth) if checkpoint else [s.depth]
         return (len(runs) - 1 + runs[-1]) * part.activation + 2 * part.logits
-    if arm not in ("backprop_streamed", "ff_streamed", "ff_frugal"):
+    if arm not in STREAMED:
         return 0
-    backprop = arm == "backprop_streamed"
+    backprop = arm.startswith("backprop")
     weights = s.layers() + (s.classifier if backprop else 0)
-    moments = 2 * weights if s.optimizer == "adam" else 0
-    return weights + moments + (s.depth * s.activation if backprop else 0)
+    if arm == "ff_layerwise":  # a batch for the first layer and one for any other
+        rows = s.images + s.activation
+    elif arm == "ff_frugal":  # one layer's output, the next one's input
+        rows = s.activation
+    else:  # all of them, and in parts also the gradient on its way down
+        gradient = s.activation if arm == "backprop_streamed_frugal" else 0
+        rows = s.depth * s.activation + gradient if backprop else 0
+    return weights + s.state(weights, 0) + rows
 
 
 def host_in_memory(arm: str, s: Setting) -> int:
@@ -254,23 +268,26 @@ def _backprop_micro_batches(s: Setting) -> Moment:
     return _largest(_backprop_moments(s, micro_batches=MICRO_BATCHES))
 
 
-def _backprop_frugal(s: Setting, micro_batches: int | None = None) -> Moment:
-    """All of them."""
+def _backprop_frugal(s: Setting, choice: tuple[bool, int] | None = None) -> Moment:
+    """Activations on the host and the optimizer in the backward pass; checkpoints and
+    micro-batches where they help."""
+    checkpoint, micro_batches = choice or frugal_choice(s)
     moments = _backprop_moments(
         s,
-        checkpoint=True,
+        checkpoint=checkpoint,
         optimizer_in_backward=True,
         offload=True,
-        micro_batches=micro_batches or frugal_micro_batches(s),
+        micro_batches=micro_batches,
     )
     return _largest(moments)
 
 
 @cache
-def frugal_micro_batches(s: Setting) -> int:
-    """As many micro-batches, up to 16, as make the peak of all remedies together smallest."""
-    choices = [m for m in (1, 2, 4, 8, 16) if m <= s.batch]
-    return min(choices, key=lambda m: sum(_backprop_frugal(s, m).values()))
+def frugal_choice(s: Setting) -> tuple[bool, int]:
+    """Whether to checkpoint, and in how many micro-batches up to 16, for the smallest peak."""
+    counts = [m for m in (1, 2, 4, 8, 16) if m <= s.batch]
+    choices = [(checkpoint, m) for checkpoint in (False, True) for m in counts]
+    return min(choices, key=lambda choice: sum(_backprop_frugal(s, choice).values()))
 
 
 def _backprop_streamed(s: Setting) -> Moment:
@@ -287,6 +304,22 @@ def _backprop_streamed(s: Setting) -> Moment:
     if s.depth == 1:
         moments = [{"activations": 2 * s.activation + s.bias + s.logits}]
     moments.append({"activations": s.activation + 4 * s.logits})
+    return _largest(stays | moment for moment in moments)
+
+
+def _backprop_streamed_frugal(s: Setting) -> Moment:
+    """One layer, and rows in parts: a gradient, what it is masked with, the gradient below."""
+    part = replace(s, batch=-(-s.batch // MICRO_BATCHES))
+    room = max(s.largest, s.classifier)
+    stays = {
+        "parameters": room,
+        "optimizer_state": s.state(room, s.depth + 1),
+        "gradients": max(s.largest - s.bias, s.element * s.hidden * CLASSES),
+        "inputs": s.images + s.labels,
+    }
+    logits = s.logits + part.logits
+    moments = [{"activations": 3 * part.activation + s.bias}] if s.depth > 1 else []
+    moments.append({"activations": 2 * part.activation + logits + s.bias})
     return _largest(stays | moment for moment in moments)
 
 
@@ -375,20 +408,39 @@ def _ff_accumulated(s: Setting) -> Moment:
     return _largest(stays | moment for moment in _ff_moments(part))
 
 
-def _ff_streamed(s: Setting, ahead: int = 1, micro_batches: int = 1) -> Moment:
+def _ff_streamed(s: Setting) -> Moment:
     """One layer, the next one's weights, one gradient, one layer's input and output."""
     stays = {
-        "parameters": min(1 + ahead, s.depth) * s.largest,
+        "parameters": min(2, s.depth) * s.largest,
         "optimizer_state": s.state(s.largest, s.depth),
         "gradients": s.largest - s.bias,
         "inputs": s.images,
     }
-    return _largest(stays | moment for moment in _ff_moments(s, micro_batches))
+    return _largest(stays | moment for moment in _ff_moments(s))
 
 
 def _ff_frugal(s: Setting) -> Moment:
-    """As streamed FF, nothing fetched ahead, one activation and a part of one."""
-    return _ff_streamed(s, ahead=0, micro_batches=MICRO_BATCHES)
+    """One layer, and rows in parts: those of its input and its output."""
+    part = replace(s, batch=-(-s.batch // MICRO_BATCHES))
+    stays = {
+        "parameters": s.largest,
+        "optimizer_state": s.state(s.largest, s.depth),
+        "gradients": s.largest - s.bias,
+        "inputs": s.images,
+    }
+    return _largest(stays | moment for moment in _ff_moments(part))
+
+
+def _ff_layerwise(s: Setting) -> Moment:
+    """One layer, one gradient, the layer's input and output; the batch itself is on the host."""
+    few = replace(s, batch=max(1, s.batch // (4 * CLASSES)))
+    stays = {
+        "parameters": s.largest,
+        "optimizer_state": s.state(s.largest, s.depth),
+        "gradients": s.largest - s.bias,
+        "inputs": few.images,  # what it is evaluated on
+    }
+    return _largest(stays | moment for moment in _ff_moments(s))
 
 
 def _ff_hard_negatives(s: Setting) -> Moment:
@@ -494,6 +546,7 @@ FORMS = {
     "backprop_micro_batches": _backprop_micro_batches,
     "backprop_frugal": _backprop_frugal,
     "backprop_streamed": _backprop_streamed,
+    "backprop_streamed_frugal": _backprop_streamed_frugal,
     "backprop_seed": _backprop_seed,
     "ff_resident": _ff_resident,
     "ff_hard_negatives": _ff_hard_negatives,
@@ -501,6 +554,7 @@ FORMS = {
     "ff_accumulated": _ff_accumulated,
     "ff_streamed": _ff_streamed,
     "ff_frugal": _ff_frugal,
+    "ff_layerwise": _ff_layerwise,
     "ff_seed": _ff_seed,
     "ff_seed_uncached": _ff_seed_uncached,
     "ff_recurrent": _ff_recurrent,

@@ -30,6 +30,7 @@ COLOURS = {
     "backprop_micro_batches": "#1f9aa8",
     "backprop_frugal": "#0a3161",
     "backprop_streamed": "#4f4aa6",
+    "backprop_streamed_frugal": "#8a86cf",
     "backprop_seed": PALE_BLUE,
     "ff_resident": ORANGE,
     "ff_hard_negatives": "#8f2f0a",
@@ -37,6 +38,7 @@ COLOURS = {
     "ff_accumulated": "#c98a5e",
     "ff_streamed": "#b81f24",
     "ff_frugal": "#7d1533",
+    "ff_layerwise": "#e0457b",
     "ff_seed": PALE_ORANGE,
     "ff_seed_uncached": "#dba183",
     "ff_recurrent": "#d8c08c",
@@ -248,7 +250,14 @@ def _label_ends(
             va="center",
             fontsize=10,
             weight="bold",
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.6},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "lw": 0.6,
+                "alpha": 0.6,
+                "relpos": (0, 0.5),
+                "shrinkA": 2,
+            },
         )
 
 
@@ -342,7 +351,9 @@ def memory_lines(
     axis.tick_params(axis="x", which="minor", bottom=False)
     if log:
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     else:
         axis.set_ylim(bottom=0)
     xlabel = {"depth": "hidden layers", "batch": "rows a step"}[x]
@@ -402,32 +413,32 @@ def saving_map(saved: pd.DataFrame, *, title: str, note: str = "") -> Figure:
 
 
 def memory_and_time(table: pd.DataFrame, *, title: str, note: str = "") -> Figure:
-    """Peak memory against seconds of a step, one point an arm, and the Pareto front.
+    """Peak memory of a step against seconds per 1000 images, one point an arm.
 
-    An arm is on the front if no other needs both less memory and less time.
+    Filled, joined by a line: the Pareto front, arms that no other beats in both.
     """
     figure, axis = plt.subplots(figsize=(7.2, 5.2))
     front = pareto_front(table)
-    axis.plot(front.seconds, front.peak_bytes / MIB, color=GREY, lw=1.2, ls="--", zorder=1)
+    axis.plot(front.per_1000_images, front.peak_bytes / MIB, color=GREY, lw=1.2, ls="--", zorder=1)
     ends = []
     for row in table.itertuples():
-        place, colour = (row.seconds, row.peak_bytes / MIB), COLOURS[row.arm]
+        place, colour = (row.per_1000_images, row.peak_bytes / MIB), COLOURS[row.arm]
         inside = colour if row.arm in set(front.arm) else "white"
         axis.scatter(*place, s=70, color=inside, edgecolors=colour, lw=1.8, zorder=3)
         ends.append((*place, ARMS[row.arm].title, colour))
     axis.set_xlim(left=0)
     axis.set_ylim(bottom=0)
     axis.margins(x=0.06, y=0.1)
-    axis.set(xlabel="seconds a step", ylabel="peak memory of a step (MiB)", title=title)
+    axis.set(xlabel="seconds for 1000 images", ylabel="peak memory of a step (MiB)", title=title)
     _label_ends(axis, ends, all_right=True)
     _note(figure, note)
     return figure
 
 
 def pareto_front(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that no other row beats in both `seconds` and `peak_bytes`, fastest first."""
-    ordered = table.sort_values(["seconds", "peak_bytes"])
-    best = ordered.peak_bytes.cummin().shift(fill_value=float("inf"))
+    """The rows that no other beats in both `per_1000_images` and `peak_bytes`, fastest first."""
+    ordered = table.sort_values(["per_1000_images", "peak_bytes"])
+    best = ordered.peak_bytes.astype(float).cummin().shift(fill_value=float("inf"))
     return ordered[ordered.peak_bytes < best]
 
 

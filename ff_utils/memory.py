@@ -137,8 +137,9 @@ def time_steps(
     """Seconds of a training step of every arm, all measured in turn, `repeats` times.
 
     A machine's speed drifts: taking turns, every arm meets the same drift. Columns: arm,
-    seconds (median), fastest, slowest, moved_bytes (between host and device, a step),
-    peak_bytes and host_bytes (simulated). On a CPU, what rests on the host rests in files.
+    seconds (median), fastest, slowest, images (a step's: half of FF's rows are positive),
+    per_1000_images (seconds), moved_bytes (between host and device, a step), peak_bytes and
+    host_bytes (simulated). On a CPU, what rests on the host rests in files.
     """
     checks.number("repeats", repeats, 1, whole=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -153,6 +154,7 @@ def time_steps(
             folder = folders.enter_context(tempfile.TemporaryDirectory())
             arm = ARMS[name].build(replace(s, store=folder if device == "cpu" else "memory"))
             steps[name] = arm.timed or arm.train
+            arm.train()
             steps[name]()
             before = arm.moved()
             steps[name]()
@@ -174,6 +176,8 @@ def time_steps(
                 "seconds": median(seconds[name]),
                 "fastest": min(seconds[name]),
                 "slowest": max(seconds[name]),
+                "images": (images := batch if name.startswith("backprop") else batch // 2),
+                "per_1000_images": 1000 * median(seconds[name]) / images,
                 "moved_bytes": moved[name],
                 "peak_bytes": report.peak_bytes,
                 "host_bytes": report.host_bytes,
@@ -415,7 +419,7 @@ def _print(report: Report) -> None:
     rows["evaluation peak"] = (report.evaluation_peak_bytes, None)
     rows["on the host"] = (report.host_bytes, closed_form.host(report.arm, s))
     rows["moved in a step"] = (report.moved_bytes, None)
-    print(f"{'':24}{'measured':>14}{'closed form':>14}")
+    print(f"{'':24}{report.instrument:>14}{'closed form':>14}")
     for name, found in rows.items():
         shown = ["-" if size is None else format_bytes(size) for size in found]
         print(f"{name:24}{shown[0]:>14}{shown[1]:>14}")

@@ -18,6 +18,8 @@ EVALUATION_ROWS = 2000
 class ForwardForward(nn.Module):
     """A stack of FF layers that reads an image with a label written in.
 
+    guesses: have a softmax that reads the layers, predicts from the neutral label, and draws
+        hard negatives. Without, there is nothing but the layers: predict by goodness.
     Hinton, arXiv 2212.13345, section 3.3; with label="joined", normalisation="length",
     theta=2 and scale=1, the seed's network.
     """
@@ -35,6 +37,7 @@ class ForwardForward(nn.Module):
         theta: float = 2.0,
         scale: float = 1.0,
         optimizer: str = "adam",
+        guesses: bool = True,
         seed: int = 0,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -68,7 +71,10 @@ class ForwardForward(nn.Module):
             self.place(number, partial(FFLayer, below, above, **settings))
             for number, (below, above) in enumerate(pairwise(widths))
         )
-        self.softmax = LocalSoftmax(list(hidden), classes, normalisation, optimizer, device, dtype)
+        self.softmax = None
+        if guesses:
+            kind = (normalisation, optimizer, device, dtype)
+            self.softmax = LocalSoftmax(list(hidden), classes, *kind)
 
     def place(self, number: int, make: Callable[..., FFLayer]) -> FFLayer:
         """Make a layer where it lives: here, on the device with all others."""
@@ -82,6 +88,7 @@ class ForwardForward(nn.Module):
 
     def inputs(self, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """Images (N, pixels) with labels (N,), or the neutral label for None, normalised."""
+        images = images.to(self.gradient.dtype)
         h = pairs.with_label(images, labels, self.classes, self.label, self.label_scale)
         normalise_(h, self.normalisation)
         return h
@@ -143,7 +150,12 @@ class ForwardForward(nn.Module):
         return losses
 
     def guess(self, images: torch.Tensor) -> torch.Tensor:
-        """Softmax logits (N, classes) of images (N, pixels) under the neutral label."""
+        """Softmax logits (N, classes) of images (N, pixels) under the neutral label.
+
+        ValueError for a network built without a softmax.
+        """
+        if self.softmax is None:
+            raise ValueError("this network was built with guesses=False: predict by 'goodness'.")
         return self.softmax(self.activities(self.inputs(images, None), len(self.layers)))
 
     def label_goodness(self, images: torch.Tensor) -> torch.Tensor:
@@ -153,6 +165,7 @@ class ForwardForward(nn.Module):
         layer's image part is computed once for all of them: they differ in `classes` inputs
         only, and their one-hot codes have one length.
         """
+        images = images.to(self.gradient.dtype)
         zeros = torch.zeros(len(images), dtype=torch.long, device=images.device)
         h = pairs.with_label(images, zeros, self.classes, self.label, self.label_scale)
         divisor = normalise_(h, self.normalisation)

@@ -40,6 +40,10 @@ class Memory:
         self.tensors[name].copy_(tensor, non_blocking=self.pinned)
         self.moved += tensor.nbytes
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self.tensors.clear()
+
     def read(self, name: str, into: torch.Tensor) -> torch.Tensor:
         """Fill `into` with what was written under `name`."""
         into.copy_(self.tensors[name], non_blocking=self.pinned)
@@ -55,7 +59,12 @@ class Files:
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder, self.moved = Path(folder), 0
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"{folder} cannot be made ({error.strerror}): give another.") from error
+        if any(self.folder.iterdir()):
+            raise ValueError(f"{folder} is not empty: give a new folder, or empty this one.")
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write `tensor` to the file `name`; OSError with what to do where the disk is full."""
@@ -67,6 +76,11 @@ class Files:
                 "on a disk with more room."
             ) from error
         self.moved += tensor.nbytes
+
+    def clear(self) -> None:
+        """Remove every file, leaving the folder empty."""
+        for path in self.folder.iterdir():
+            path.unlink()
 
     def read(self, name: str, into: torch.Tensor) -> torch.Tensor:
         """Fill `into` from the file `name`; ValueError where it is missing or cut short."""
@@ -211,10 +225,12 @@ def _aligned(count: int) -> int:
 class StreamedForwardForward(ForwardForward):
     """A `ForwardForward` network of which one layer at a time is on the device.
 
-    store: "memory" of the host, or a folder (device "cpu" only) that must have room for three
-        times the weights. ahead: layers whose weights are fetched in advance, 0 or 1.
+    store: "memory" of the host, or an empty folder (device "cpu" only), with room for three
+        times the weights and, for a guess, one activation a layer of a batch.
+    ahead: layers whose weights are fetched in advance, 0 or 1.
     Everything else is as in `ForwardForward`: it trains, guesses and predicts by the same
-    calls, and `state_dict` and `load_state_dict` exchange weights with a resident one.
+    calls, and `state_dict` and `load_state_dict` exchange weights with a resident one. Its
+    softmax, if it has one, stays on the device: three numbers for every class and unit.
     """
 
     def __init__(
@@ -247,6 +263,33 @@ class StreamedForwardForward(ForwardForward):
     def keep(self, activities: Iterator[torch.Tensor]) -> Iterable[torch.Tensor]:
         """Activities kept in the store, to be read one at a time."""
         return _Kept(self.slots.store, activities)
+
+    def step_in_parts(
+        self, h: torch.Tensor, positives: int, learning_rate: float, micro_batches: int
+    ) -> torch.Tensor:
+        """As `step`, but rows rest in the store too and come to a layer a part at a time.
+
+        h: (rows, inputs), normalised; left as it is. Returns the layers' losses (layers,).
+        """
+        losses, parts = [], h.split(-(-len(h) // micro_batches))
+        for number, layer in enumerate(self.visit(range(len(self.layers)), update=True)):
+            (outputs, inputs), total = layer.weight.shape, 0
+            dw = self.gradient[: outputs * inputs].view(outputs, inputs)
+            db, start = torch.empty_like(layer.bias), 0
+            for p, part in enumerate(parts):
+                if number == 0:
+                    x = part.clone()
+                else:
+                    x = self.slots.store.read(f"rows.{p}", h.new_empty(len(part), inputs))
+                place = (start, positives, len(h))
+                y, loss = layer.add_gradient(x, place, dw, db, first=p == 0)
+                if number + 1 < len(self.layers):
+                    self.slots.store.write(f"rows.{p}", y)
+                total, start = total + loss, start + len(part)
+                del x, y
+            layer.optimizer.update([dw, db], learning_rate)
+            losses.append(total)
+        return torch.stack(losses)
 
     def state_dict(self, *arguments: object, **keywords: object) -> dict[str, torch.Tensor]:
         """As a resident network's, every tensor copied to the host."""
@@ -325,43 +368,88 @@ class StreamedBackprop(nn.Module):
             for number, (below, above) in enumerate(pairwise(widths))
         )
 
-    def forward(self, images: torch.Tensor, keep: bool = False) -> torch.Tensor:
-        """Logits (rows, classes) of images (rows, pixels); `keep` stores each layer's input."""
-        h, last = images, len(self.layers) - 1
-        for number, layer in enumerate(self.slots.visit(self.layers, range(last + 1), False)):
-            if keep and number > 0:
-                self.slots.store.write(f"kept.{number}", h)
-            h = layer(h) if number < last else torch.addmm(layer.bias, h, layer.weight.t())
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (rows, classes) of images (rows, pixels)."""
+        h = images
+        for number, layer in enumerate(self.slots.visit(self.layers, range(self.depth + 1), False)):
+            h = self._output(number, layer, h)
         return h
 
     def step(
-        self, images: torch.Tensor, labels: torch.Tensor, learning_rate: float
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        learning_rate: float,
+        micro_batches: int = 1,
     ) -> torch.Tensor:
-        """Train every layer on one batch; returns the mean cross-entropy ()."""
-        logits = self(images, keep=True)
-        loss = nn.functional.cross_entropy(logits, labels)
-        dz = logits.softmax(dim=1)
-        dz[torch.arange(len(labels), device=labels.device), labels] -= 1
-        dz /= len(labels)
-        del logits
-        downwards = range(len(self.layers) - 1, -1, -1)
+        """Train every layer on one batch; returns the mean cross-entropy ().
+
+        With micro-batches rows come to a layer a part at a time: of activities and of the
+        gradient on its way down, the device holds one part, the host the others.
+        """
+        size = -(-len(images) // micro_batches)
+        parts, few = images.split(size), micro_batches == 1
+        passing: dict[int, torch.Tensor] = {}  # what is between two layers, in one part
+        logits = []
+        for number, layer in enumerate(self.slots.visit(self.layers, range(self.depth + 1), False)):
+            for p, part in enumerate(parts):
+                h = part if number == 0 else passing.pop(p, None)
+                h = self._kept(number, p, part) if h is None else h
+                h = self._output(number, layer, h)
+                if number == self.depth:
+                    logits.append(h)
+                else:
+                    self.slots.store.write(f"kept.{number + 1}.{p}", h)
+                    if few:
+                        passing[p] = h
+                del h
+        loss = 0
+        for p, (found, true) in enumerate(zip(logits, labels.split(size), strict=True)):
+            loss = loss + nn.functional.cross_entropy(found, true, reduction="sum")
+            dz = found.softmax(dim=1)
+            dz[torch.arange(len(true), device=true.device), true] -= 1
+            logits[p] = dz.div_(len(labels))
+            del dz
+        passing |= enumerate(logits)
+        del logits, found
+        downwards = range(self.depth, -1, -1)
         for number, layer in zip(
             downwards, self.slots.visit(self.layers, downwards, True), strict=True
         ):
-            outputs, inputs = layer.weight.shape
-            dw = self.gradient[: outputs * inputs].view(outputs, inputs)
-            torch.mm(dz.t(), self._kept(number, images, inputs), out=dw)
-            db = dz.sum(dim=0)
-            if number > 0:
-                dz = dz @ layer.weight
-                # Read again rather than kept: one activity less on the device.
-                torch.ops.aten.threshold_backward.grad_input(
-                    dz, self._kept(number, images, inputs), 0, grad_input=dz
-                )
+            dw = self.gradient[: layer.weight.numel()].view_as(layer.weight)
+            db = torch.empty_like(layer.bias)
+            for p, part in enumerate(parts):
+                if p in passing:
+                    dz = passing.pop(p)
+                else:
+                    empty = images.new_empty(len(part), len(layer.bias))
+                    dz = self.slots.store.read(f"down.{p}", empty)
+                beta = 0.0 if p == 0 else 1.0
+                below = part if number == 0 else self._kept(number, p, part)
+                dw.addmm_(dz.t(), below, beta=beta)
+                torch.sum(dz, dim=0, out=db) if p == 0 else db.add_(dz.sum(dim=0))
+                if number > 0:
+                    if few:  # read again rather than kept: one activity less on the device
+                        del below
+                    dz = dz @ layer.weight
+                    below = self._kept(number, p, part) if few else below
+                    torch.ops.aten.threshold_backward.grad_input(dz, below, 0, grad_input=dz)
+                    if few:
+                        passing[p] = dz
+                    else:
+                        self.slots.store.write(f"down.{p}", dz)
+                del dz, below
             layer.optimizer.update([dw, db], learning_rate)
-        return loss
+        return loss / len(labels)
 
-    def _kept(self, number: int, images: torch.Tensor, width: int) -> torch.Tensor:
-        if number == 0:
-            return images
-        return self.slots.store.read(f"kept.{number}", images.new_empty(len(images), width))
+    @property
+    def depth(self) -> int:
+        """Hidden layers; the classifier comes after them."""
+        return len(self.layers) - 1
+
+    def _output(self, number: int, layer: FFLayer, h: torch.Tensor) -> torch.Tensor:
+        return layer(h) if number < self.depth else torch.addmm(layer.bias, h, layer.weight.t())
+
+    def _kept(self, number: int, p: int, part: torch.Tensor) -> torch.Tensor:
+        empty = part.new_empty(len(part), self.layers[number].weight.shape[1])
+        return self.slots.store.read(f"kept.{number}.{p}", empty)

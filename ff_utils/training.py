@@ -52,6 +52,10 @@ def train_forward_forward(
     """
     checks.one_of("schedule", schedule, SCHEDULES)
     checks.one_of("negatives", negatives, pairs.NEGATIVES)
+    if network.softmax is None:
+        raise ValueError(
+            "this network was built with guesses=False: train it by train_layer_after_layer."
+        )
     _check_training(data, epochs, batch_size, learning_rate, decay)
     generator = torch.Generator().manual_seed(seed)
     stages = [None] if schedule == "joint" else list(range(len(network.layers)))
@@ -140,8 +144,8 @@ def train_layer_after_layer(
     The leanest schedule where layers are many: a layer is fetched once and its input is never
     computed again. To that end the batches and their negatives (random wrong labels) are drawn
     once; each epoch takes the batches in another order. One input of the data set's two copies
-    is kept, the layer's output taking its place.
-    store: "memory" of the host, or a folder that it is kept in, one file a batch.
+    is kept, the layer's output taking its place, until training ends.
+    store: "memory" of the host, or an empty folder that it is kept in, one file a batch.
     Returns one row an epoch: epoch, layer, loss, seconds. The softmax is not trained: predict
     by goodness. Raises FloatingPointError where a loss stops being finite.
     """
@@ -180,6 +184,7 @@ def train_layer_after_layer(
                 y = layer(kept(number, width))
                 normalise_(y, network.normalisation)
                 place.write(f"batch.{number}", y)
+    place.clear()
     return pd.DataFrame(rows)
 
 

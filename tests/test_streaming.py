@@ -24,9 +24,10 @@ def equal(one, other):
     return state.keys() == found.keys() and all(torch.equal(state[k], found[k]) for k in state)
 
 
-def pair(data, store, **settings):
+def pair(data, store, streamed=None, **settings):
     given = SETTINGS | settings
     resident = ForwardForward(data.pixels, data.classes, HIDDEN, **given)
+    given |= streamed or {}
     streamed = StreamedForwardForward(data.pixels, data.classes, HIDDEN, store=store, **given)
     return resident, streamed
 
@@ -59,15 +60,25 @@ def test_streamed_learns_what_resident_learns_bit_for_bit(digits, store, schedul
 @pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_fetching_ahead_and_micro_batches_change_no_bit(digits, store, ahead, micro_batches):
-    resident, streamed = pair(digits, store)
-    streamed = StreamedForwardForward(
-        digits.pixels, digits.classes, HIDDEN, store=store, ahead=ahead, **SETTINGS
-    )
+    resident, streamed = pair(digits, store, streamed={"ahead": ahead})
     h = resident.inputs(digits.train_images[:60], digits.train_labels[:60])
     for _ in range(3):
         expected = resident.step(h.clone(), 30, 0.01, micro_batches)
         assert torch.equal(streamed.step(h.clone(), 30, 0.01, micro_batches), expected)
     assert equal(resident, streamed)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 5])
+def test_rows_that_wait_in_the_store_too_learn_the_same(digits, store, micro_batches):
+    resident, streamed = pair(digits, store, dtype=torch.float64, guesses=False)
+    h = resident.inputs(digits.train_images[:60], digits.train_labels[:60])
+    for _ in range(3):
+        expected = resident.step(h.clone(), 25, 0.01)
+        found = streamed.step_in_parts(h, 25, 0.01, micro_batches)
+        assert torch.allclose(found, expected, atol=1e-12)
+    state = streamed.state_dict()
+    for name, tensor in resident.state_dict().items():
+        assert torch.allclose(state[name], tensor, atol=1e-10), name
 
 
 def test_layer_after_layer_from_files_is_layer_after_layer_from_memory(digits, store, tmp_path):
@@ -79,6 +90,7 @@ def test_layer_after_layer_from_files_is_layer_after_layer_from_memory(digits, s
     ]
     assert equal(resident, streamed)
     assert tables[0].drop(columns="seconds").equals(tables[1].drop(columns="seconds"))
+    assert not any((tmp_path / "kept").iterdir())  # what was kept is gone with its use
     assert list(tables[0].layer) == [layer for layer in (1, 2, 3, 4) for _ in range(15)]
     first = tables[0][tables[0].layer == 1].loss
     assert first.iloc[-1] < first.iloc[0]
@@ -94,7 +106,8 @@ def test_weights_go_to_and_from_a_resident_network(digits, store):
     assert equal(resident, other)
 
 
-def test_streamed_backprop_learns_what_plain_backprop_learns(store):
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_streamed_backprop_learns_what_plain_backprop_learns(store, micro_batches):
     network = backprop_network(30, 10, HIDDEN, dtype=torch.float64)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
     streamed = StreamedBackprop(30, 10, HIDDEN, store=store, dtype=torch.float64)
@@ -109,7 +122,8 @@ def test_streamed_backprop_learns_what_plain_backprop_learns(store):
         images = torch.rand(50, 30, generator=generator, dtype=torch.float64)
         labels = torch.randint(10, (50,), generator=generator)
         expected = training.backprop_step(network, optimizer, images, labels)
-        assert torch.allclose(streamed.step(images, labels, 1e-3), expected)
+        assert torch.allclose(streamed.step(images, labels, 1e-3, micro_batches), expected)
+        assert torch.allclose(streamed(images[:7]), network(images[:7]), atol=1e-9)
     for number, linear in enumerate(linears):
         (layer,) = streamed.slots.visit(streamed.layers, [number], False)
         assert torch.allclose(layer.weight, linear.weight, atol=1e-12)
@@ -124,6 +138,26 @@ def test_a_layers_file_that_is_cut_short_or_gone_is_one_sentence(digits, tmp_pat
     (tmp_path / "1.weights").unlink()
     with pytest.raises(ValueError, match=r"1\.weights is missing or not whole"):
         streamed.predict(digits.test_images[:5])
+
+
+def test_a_folder_that_holds_something_is_left_alone(digits, tmp_path):
+    pair(digits, tmp_path / "layers")
+    with pytest.raises(ValueError, match="layers is not empty: give a new folder"):
+        pair(digits, tmp_path / "layers")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file cannot be made .File exists.: give another"):
+        pair(digits, tmp_path / "file")
+
+
+def test_a_network_without_guesses_says_so(digits):
+    resident, streamed = pair(digits, "memory", guesses=False)
+    assert streamed.softmax is None and len(streamed.predict(digits.test_images[:3])) == 3
+    with pytest.raises(ValueError, match="guesses=False: predict by 'goodness'"):
+        resident.predict(digits.test_images, "softmax")
+    with pytest.raises(ValueError, match="guesses=False: train it by train_layer_after_layer"):
+        training.train_forward_forward(
+            streamed, digits, epochs=1, batch_size=40, learning_rate=0.01
+        )
 
 
 def test_a_disk_that_is_full_is_one_sentence(digits, tmp_path):
