@@ -82,7 +82,7 @@ def _findings(records: dict[str, dict]) -> str:
         f"FF needs {_difference(remedies)} than that for as many rows, and "
         f"{_difference(1 - memory['ff_resident_at_equal_images'] / frugal)} for as many images.",
         f"**One layer at a time, memory is flat, for both.** With the other layers on the host, FF "
-        f"and backprop need {flat[0]:.0f} and {flat[1]:.0f} MB at "
+        f"and backprop need {flat[0]:.0f} and {flat[1]:.0f} MB for as many rows at "
         f"{deepest.removesuffix(' (MB)')}; with rows in parts that rest there too, {flat[2]:.0f} "
         f"and {flat[3]:.0f} MB.",
         f"**What is FF's alone is to finish one layer before the next.** Its weights then come and "
