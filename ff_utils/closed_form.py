@@ -303,7 +303,7 @@ def _backprop_streamed(s: Setting) -> Moment:
     moments = [{"activations": 2 * s.activation + s.row_vector // s.batch * s.hidden}]
     if s.depth == 1:
         moments = [{"activations": 2 * s.activation + s.bias + s.logits}]
-    moments.append({"activations": s.activation + 4 * s.logits})
+    moments.append({"activations": max(s.activation + s.logits, 4 * s.logits)})
     return _largest(stays | moment for moment in moments)
 
 
@@ -528,12 +528,14 @@ def _ff_recurrent(s: Setting) -> Moment:
         stays
         | {
             "activations": before + 2 * rows.images + 2 * a,
-            "temporaries": 2 * a,
+            "temporaries": max(3 * a, a + s.layer(1)),
             "gradients": trained - s.layer(1),
         },
         # The last layer: what its state is made of, eight activations' worth.
         stays | {"activations": kept + 8 * a + 4 * rows.row_vector},
-        stays | {"activations": kept + a} | _unfused(s, max(wide, s.layer(1))),
+        stays | {"activations": kept + a} | _unfused(s, wide),
+        # The first layer's update.
+        stays | {"activations": before + rows.images + 2 * a} | _unfused(s, s.layer(1)),
     ]
     return _largest(moments)
 
