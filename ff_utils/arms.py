@@ -21,7 +21,6 @@ class Arm:
 
     kept: what steps themselves leave behind, by category.
     timed: the step whose seconds compare with other arms', where `train` is not it.
-    trained: the network, where `network` holds only what it registers.
     moved: bytes moved between host and device since the arm was built.
     """
 
@@ -32,7 +31,6 @@ class Arm:
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
     kept: Callable[[], dict[str, list[torch.Tensor]]] = dict
     timed: Callable[[], object] | None = None
-    trained: object = None
     moved: Callable[[], int] = int
 
     def watch(self, live: LiveBytes) -> None:
@@ -90,6 +88,11 @@ def _rows(s: Setting, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(rows, PIXELS, **_kind(s)), labels
 
 
+def _network(kind: type[nn.Module], s: Setting, **settings: object) -> nn.Module:
+    hidden = [s.hidden] * s.depth
+    return kind(PIXELS, CLASSES, hidden, optimizer=s.optimizer, **_kind(s), **settings)
+
+
 def _backprop(s: Setting) -> Arm:
     network = backprop_network(PIXELS, CLASSES, [s.hidden] * s.depth, **_kind(s))
     optimizer = OPTIMIZERS[s.optimizer](network.parameters(), lr=1e-3, fused=True)
@@ -140,15 +143,7 @@ def _backprop_frugal(s: Setting) -> Arm:
 
 
 def _backprop_streamed(s: Setting, ahead: int = 1, micro_batches: int = 1) -> Arm:
-    network = StreamedBackprop(
-        PIXELS,
-        CLASSES,
-        [s.hidden] * s.depth,
-        store=s.store,
-        ahead=ahead,
-        optimizer=s.optimizer,
-        **_kind(s),
-    )
+    network = _network(StreamedBackprop, s, store=s.store, ahead=ahead)
     images, labels = _rows(s, s.batch)
     some = images[: -(-s.batch // micro_batches)]
     return Arm(
@@ -188,18 +183,17 @@ def _backprop_seed(s: Setting) -> Arm:
     )
 
 
-def _ff(s: Setting, kind: type[ForwardForward] = ForwardForward, **settings: object) -> Arm:
-    """FF's layers on a batch of positive and negative rows, each trained before the next runs."""
-    micro_batches = settings.pop("micro_batches", 1)
-    network = kind(
-        PIXELS,
-        CLASSES,
-        [s.hidden] * s.depth,
-        optimizer=s.optimizer,
-        guesses=False,
-        **_kind(s),
-        **settings,
-    )
+def _ff(
+    s: Setting,
+    kind: type[ForwardForward] = ForwardForward,
+    step: str = "step",
+    micro_batches: int = 1,
+    **settings: object,
+) -> Arm:
+    """FF's layers alone, trained by their network's method `step` on positive and negative rows."""
+    network = _network(kind, s, guesses=False, **settings)
+    if step == "step_accumulated":  # every layer has a gradient of its own
+        network.gradient = network.gradient[:0].clone()
     images, _ = _rows(s, s.batch)
     if slots := getattr(network, "slots", None):
         resident, watched = _streamed(slots, network.gradient, [images]), nn.Module()
@@ -210,16 +204,20 @@ def _ff(s: Setting, kind: type[ForwardForward] = ForwardForward, **settings: obj
             "gradients": [network.gradient],
             "inputs": [images],
         }
+
+    def train() -> None:
+        # The plain step consumes its input: what stays is the batch it was copied from.
+        h = images.clone() if step == "step" else images
+        getattr(network, step)(h, s.batch // 2, 1e-3, micro_batches)
+
     # A chunk of the batch is evaluated at a time: the next ones need no more.
     rows = max(1, s.batch // (4 * micro_batches * CLASSES))
     return Arm(
         network=watched,
-        # FF consumes its input: what stays between steps is the batch it was copied from.
-        train=lambda: network.step(images.clone(), s.batch // 2, 1e-3, micro_batches),
+        train=train,
         evaluate=lambda: network.predict(images[:rows], rows=rows * CLASSES),
         resident=resident,
         kept=lambda: _on_host(slots) if slots else {},
-        trained=network,
         moved=lambda: slots.store.moved if slots else 0,
     )
 
@@ -230,19 +228,7 @@ def _ff_micro_batches(s: Setting) -> Arm:
 
 def _ff_accumulated(s: Setting) -> Arm:
     """Each part of the batch through all layers, gradients of all of them added up."""
-    network = ForwardForward(
-        PIXELS, CLASSES, [s.hidden] * s.depth, optimizer=s.optimizer, guesses=False, **_kind(s)
-    )
-    network.gradient = network.gradient[:0].clone()  # every layer has one of its own here
-    images, _ = _rows(s, s.batch)
-    parts = closed_form.MICRO_BATCHES
-    rows = max(1, s.batch // (4 * parts * CLASSES))
-    return Arm(
-        network=network.layers,
-        train=lambda: network.step_accumulated(images, s.batch // 2, 1e-3, parts),
-        evaluate=lambda: network.predict(images[:rows], rows=rows * CLASSES),
-        resident={"optimizer_state": list(network.layers.buffers()), "inputs": [images]},
-    )
+    return _ff(s, step="step_accumulated", micro_batches=closed_form.MICRO_BATCHES)
 
 
 def _ff_streamed(s: Setting) -> Arm:
@@ -251,11 +237,14 @@ def _ff_streamed(s: Setting) -> Arm:
 
 def _ff_frugal(s: Setting) -> Arm:
     """Streamed, nothing fetched ahead, rows in parts that rest on the host too."""
-    parts = closed_form.MICRO_BATCHES
-    arm = _ff(s, StreamedForwardForward, store=s.store, ahead=0, micro_batches=parts)
-    network, (images,) = arm.trained, arm.resident["inputs"]
-    arm.train = lambda: network.step_in_parts(images, s.batch // 2, 1e-3, parts)
-    return arm
+    return _ff(
+        s,
+        StreamedForwardForward,
+        step="step_in_parts",
+        micro_batches=closed_form.MICRO_BATCHES,
+        store=s.store,
+        ahead=0,
+    )
 
 
 def _ff_layerwise(s: Setting) -> Arm:
@@ -264,16 +253,7 @@ def _ff_layerwise(s: Setting) -> Arm:
     Timed is a batch in every layer; what a layer's coming, going and output cost once in all its
     epochs is left out.
     """
-    network = StreamedForwardForward(
-        PIXELS,
-        CLASSES,
-        [s.hidden] * s.depth,
-        optimizer=s.optimizer,
-        store=s.store,
-        ahead=0,
-        guesses=False,
-        **_kind(s),
-    )
+    network = _network(StreamedForwardForward, s, store=s.store, ahead=0, guesses=False)
     store, slots = network.slots.store, network.slots
     widths = [PIXELS] + [s.hidden] * s.depth
     for name, width in {"first": PIXELS, "other": s.hidden}.items():
@@ -317,16 +297,12 @@ def _on_host(slots: Slots) -> dict:
 
 def _ff_hard_negatives(s: Setting) -> Arm:
     """FF as notebook 2 trains it: a guess, hard negatives drawn from it, a softmax that learns."""
-    network = ForwardForward(
-        PIXELS, CLASSES, [s.hidden] * s.depth, optimizer=s.optimizer, **_kind(s)
-    )
+    network = _network(ForwardForward, s)
     return forward_forward_arm(network, *_rows(s, s.batch // 2), "hard")
 
 
 def _ff_seed(s: Setting, cached_rows: int | None = None) -> Arm:
-    network = seed.ProgressiveForwardForward(
-        PIXELS, CLASSES, [s.hidden] * s.depth, optimizer=s.optimizer, **_kind(s)
-    )
+    network = _network(seed.ProgressiveForwardForward, s)
     rows = torch.rand(s.batch, PIXELS + CLASSES, **_kind(s))
     with_labels = rows[:, :PIXELS].contiguous()
     return Arm(
@@ -344,9 +320,7 @@ def _ff_seed_uncached(s: Setting) -> Arm:
 
 
 def _ff_recurrent(s: Setting) -> Arm:
-    network = seed.RecurrentForwardForward(
-        PIXELS, CLASSES, [s.hidden] * s.depth, optimizer=s.optimizer, **_kind(s)
-    )
+    network = _network(seed.RecurrentForwardForward, s)
     images, _ = _rows(s, s.batch // 2)
     labels = torch.zeros(len(images), CLASSES, **_kind(s))
     trained = [network.projector, *network.layers]

@@ -1,6 +1,5 @@
 """What each arm must need, in closed form: bytes by category at the peak of a training step."""
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -9,7 +8,7 @@ import torch
 
 from ff_utils import checks, seed
 from ff_utils.live_bytes import CATEGORIES
-from ff_utils.remedies import OPTIMIZERS
+from ff_utils.remedies import OPTIMIZERS, segment_sizes
 
 CLASSES = 10
 PIXELS = 784
@@ -131,7 +130,7 @@ def host(arm: str, s: Setting) -> int:
     if arm == "backprop_frugal":
         checkpoint, micro_batches = frugal_choice(s)
         part = replace(s, batch=-(-s.batch // micro_batches))
-        runs = _segments(s.depth) if checkpoint else [s.depth]
+        runs = segment_sizes(s.depth) if checkpoint else [s.depth]
         return (len(runs) - 1 + runs[-1]) * part.activation + 2 * part.logits
     if arm not in STREAMED:
         return 0
@@ -167,12 +166,6 @@ def _backprop(s: Setting) -> Moment:
     return _largest(_backprop_moments(s))
 
 
-def _segments(depth: int) -> list[int]:
-    """Layers in each checkpointed run, the last of which is not checkpointed."""
-    size = math.isqrt(depth - 1) + 1
-    return [min(size, depth - start) for start in range(0, depth, size)]
-
-
 def _backprop_moments(
     s: Setting,
     *,
@@ -190,7 +183,7 @@ def _backprop_moments(
         "optimizer_state": s.state(weights, s.depth + 1),
         "inputs": s.images + s.labels,
     }
-    runs = _segments(s.depth) if checkpoint else [s.depth]
+    runs = segment_sizes(s.depth) if checkpoint else [s.depth]
     # Hidden activities held at the end of the forward pass: within the last run, and between.
     held = 0 if offload else (runs[-1] + len(runs) - 1) * a
     small = 0 if offload else part.logits

@@ -198,7 +198,7 @@ def crossing(lean: str, other: str, deepest: int, *, hidden: int, batch: int) ->
 def watch_step(arm: Arm) -> LiveBytes:
     """Run one step unwatched (it makes the optimizer's state), then one watched.
 
-    The result's `peak`, `peak_bytes` and `timeline` tell of the second.
+    The result's `peak`, `peak_bytes`, `most_on_host` and `timeline` tell of the second.
     """
     arm.train()
     live = LiveBytes()
@@ -247,16 +247,13 @@ def _count(report: Report, s: Setting) -> Report:
     try:
         with FakeTensorMode() if simulated else nullcontext():
             arm = ARMS[report.arm].build(s)
-            arm.train()  # makes what the optimizer keeps
-            live, before = LiveBytes(), arm.moved()
-            arm.watch(live)
+            before = arm.moved()
+            live = watch_step(arm)
+            report.moved_bytes = (arm.moved() - before) // 2  # of one of two equal steps
+            report.peak_bytes = live.peak_bytes
+            report.breakdown = {c: live.peak[c] for c in CATEGORIES}
+            report.host_bytes = live.most_on_host
             with live:
-                live.restart()
-                arm.train()
-                report.moved_bytes = arm.moved() - before
-                report.peak_bytes = live.peak_bytes
-                report.breakdown = {c: live.peak[c] for c in CATEGORIES}
-                report.host_bytes = live.most_on_host
                 live.restart()
                 arm.evaluate()
             report.evaluation_peak_bytes = live.peak_bytes

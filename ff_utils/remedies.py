@@ -97,6 +97,12 @@ class Backprop:
             parameter.grad = None
 
 
+def segment_sizes(depth: int) -> list[int]:
+    """Layers in each run between checkpoints; the last run is not checkpointed."""
+    size = math.isqrt(depth - 1) + 1  # the square root, rounded up
+    return [min(size, depth - start) for start in range(0, depth, size)]
+
+
 def _segments(network: nn.Sequential) -> list[nn.Sequential]:
     """Hidden layers in runs of about the square root of their number; the last run ends in the
     classifier. A layer is a linear module and what follows it."""
@@ -106,8 +112,7 @@ def _segments(network: nn.Sequential) -> list[nn.Sequential]:
             layers.append([])
         layers[-1].append(module)
     *hidden, classifier = layers
-    size = math.isqrt(len(hidden) - 1) + 1  # the square root, rounded up
-    runs = [hidden[k : k + size] for k in range(0, len(hidden), size)]
+    runs = [[hidden.pop(0) for _ in range(size)] for size in segment_sizes(len(hidden))]
     runs[-1] = [*runs[-1], classifier]
     return [nn.Sequential(*(module for layer in run for module in layer)) for run in runs]
 

@@ -222,7 +222,41 @@ def _aligned(count: int) -> int:
     return -(-count // ALIGNMENT) * ALIGNMENT
 
 
-class StreamedForwardForward(ForwardForward):
+class _Streamed(nn.Module):
+    """What streamed networks share: their `layers` are in `slots`, one at a time."""
+
+    def visit(self, numbers: Sequence[int], update: bool = False) -> Iterator[FFLayer]:
+        """The layers of these numbers, fetched one after the other."""
+        yield from self.slots.visit(self.layers, numbers, update)
+
+    def state_dict(self, *arguments: object, **keywords: object) -> dict[str, torch.Tensor]:
+        """As a resident network's, every tensor copied to the host."""
+        state = super().state_dict(*arguments, **keywords)
+        for number in range(len(self.layers)):
+            for layer in self.visit([number], update=True):
+                self.slots._await_moments()
+                found = layer.state_dict(prefix=f"layers.{number}.")
+                state |= {name: tensor.cpu().clone() for name, tensor in found.items()}
+        self.slots.synchronize()
+        return state
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+        """Take over a resident network's weights and optimizer state, layer by layer."""
+        found = super().load_state_dict(state_dict, strict)
+        for number in range(len(self.layers)):
+            prefix = f"layers.{number}."
+            for layer in self.visit([number], update=True):
+                self.slots._await_moments()
+                own = {k.removeprefix(prefix): v for k, v in state_dict.items()}
+                layer.load_state_dict(own, strict=False)
+        self.slots.synchronize()
+        return found
+
+    def _apply(self, function, recurse: bool = True):
+        raise RuntimeError("a streamed network stays where it was built: give `device` there.")
+
+
+class StreamedForwardForward(_Streamed, ForwardForward):
     """A `ForwardForward` network of which one layer at a time is on the device.
 
     store: "memory" of the host, or an empty folder (device "cpu" only), with room for three
@@ -256,10 +290,6 @@ class StreamedForwardForward(ForwardForward):
             self.slots = Slots(widths, *self._place_kept, self.gradient)
         return self.slots.take(number, layer)
 
-    def visit(self, numbers: Sequence[int], update: bool = False) -> Iterator[FFLayer]:
-        """The layers of these numbers, fetched one after the other."""
-        yield from self.slots.visit(self.layers, numbers, update)
-
     def keep(self, activities: Iterator[torch.Tensor]) -> Iterable[torch.Tensor]:
         """Activities kept in the store, to be read one at a time."""
         return _Kept(self.slots.store, activities)
@@ -291,32 +321,6 @@ class StreamedForwardForward(ForwardForward):
             losses.append(total)
         return torch.stack(losses)
 
-    def state_dict(self, *arguments: object, **keywords: object) -> dict[str, torch.Tensor]:
-        """As a resident network's, every tensor copied to the host."""
-        state = super().state_dict(*arguments, **keywords)
-        for number in range(len(self.layers)):
-            for layer in self.visit([number], update=True):
-                self.slots._await_moments()
-                found = layer.state_dict(prefix=f"layers.{number}.")
-                state |= {name: tensor.cpu().clone() for name, tensor in found.items()}
-        self.slots.synchronize()
-        return state
-
-    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        """Take over a resident network's weights and optimizer state, layer by layer."""
-        found = super().load_state_dict(state_dict, strict)
-        for number in range(len(self.layers)):
-            prefix = f"layers.{number}."
-            for layer in self.visit([number], update=True):
-                self.slots._await_moments()
-                own = {k.removeprefix(prefix): v for k, v in state_dict.items()}
-                layer.load_state_dict(own, strict=False)
-        self.slots.synchronize()
-        return found
-
-    def _apply(self, function, recurse: bool = True):
-        raise RuntimeError("a streamed network stays where it was built: give `device` there.")
-
 
 class _Kept:
     """Tensors of one dtype and device in a store, in the order they came."""
@@ -333,7 +337,7 @@ class _Kept:
             yield self.store.read(f"kept.{number}", empty)
 
 
-class StreamedBackprop(nn.Module):
+class StreamedBackprop(_Streamed):
     """The backprop network with everything but the layer at work on the host: the strongest
     opponent of streamed Forward-Forward.
 
@@ -358,7 +362,8 @@ class StreamedBackprop(nn.Module):
         super().__init__()
         widths = [pixels, *hidden, classes]
         largest = max(below * above for below, above in pairwise(widths))
-        self.register_buffer("gradient", torch.zeros(largest, device=device, dtype=dtype))
+        gradient = torch.zeros(largest, device=device, dtype=dtype)
+        self.register_buffer("gradient", gradient, persistent=False)
         place = open_store(store, torch.device(device))
         self.slots = Slots(widths, place, ahead, self.gradient)
         generator = torch.Generator().manual_seed(seed)
@@ -371,7 +376,7 @@ class StreamedBackprop(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits (rows, classes) of images (rows, pixels)."""
         h = images
-        for number, layer in enumerate(self.slots.visit(self.layers, range(self.depth + 1), False)):
+        for number, layer in enumerate(self.visit(range(self.depth + 1))):
             h = self._output(number, layer, h)
         return h
 
@@ -391,7 +396,7 @@ class StreamedBackprop(nn.Module):
         parts, few = images.split(size), micro_batches == 1
         passing: dict[int, torch.Tensor] = {}  # what is between two layers, in one part
         logits = []
-        for number, layer in enumerate(self.slots.visit(self.layers, range(self.depth + 1), False)):
+        for number, layer in enumerate(self.visit(range(self.depth + 1))):
             for p, part in enumerate(parts):
                 h = part if number == 0 else passing.pop(p, None)
                 h = self._kept(number, p, part) if h is None else h
@@ -413,9 +418,7 @@ class StreamedBackprop(nn.Module):
         passing |= enumerate(logits)
         del logits, found
         downwards = range(self.depth, -1, -1)
-        for number, layer in zip(
-            downwards, self.slots.visit(self.layers, downwards, True), strict=True
-        ):
+        for number, layer in zip(downwards, self.visit(downwards, update=True), strict=True):
             dw = self.gradient[: layer.weight.numel()].view_as(layer.weight)
             db = torch.empty_like(layer.bias)
             for p, part in enumerate(parts):

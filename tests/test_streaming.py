@@ -114,7 +114,7 @@ def test_streamed_backprop_learns_what_plain_backprop_learns(store, micro_batche
     linears = [module for module in network if isinstance(module, torch.nn.Linear)]
     with torch.no_grad():
         for number, linear in enumerate(linears):
-            (layer,) = streamed.slots.visit(streamed.layers, [number], False)
+            (layer,) = streamed.visit([number])
             linear.weight.copy_(layer.weight)
             linear.bias.copy_(layer.bias)
     generator = torch.Generator().manual_seed(0)
@@ -125,7 +125,7 @@ def test_streamed_backprop_learns_what_plain_backprop_learns(store, micro_batche
         assert torch.allclose(streamed.step(images, labels, 1e-3, micro_batches), expected)
         assert torch.allclose(streamed(images[:7]), network(images[:7]), atol=1e-9)
     for number, linear in enumerate(linears):
-        (layer,) = streamed.slots.visit(streamed.layers, [number], False)
+        (layer,) = streamed.visit([number])
         assert torch.allclose(layer.weight, linear.weight, atol=1e-12)
         assert torch.allclose(layer.bias, linear.bias, atol=1e-12)
 
