@@ -206,9 +206,11 @@ def _ff(
         }
 
     def train() -> None:
-        # The plain step consumes its input: what stays is the batch it was copied from.
-        h = images.clone() if step == "step" else images
-        getattr(network, step)(h, s.batch // 2, 1e-3, micro_batches)
+        # The plain step consumes its input, which has no name here, so that it is freed once the
+        # first layer has used it: what stays is the batch it was copied from.
+        getattr(network, step)(
+            images.clone() if step == "step" else images, s.batch // 2, 1e-3, micro_batches
+        )
 
     # A chunk of the batch is evaluated at a time: the next ones need no more.
     rows = max(1, s.batch // (4 * micro_batches * CLASSES))
