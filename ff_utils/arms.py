@@ -68,7 +68,7 @@ def forward_forward_arm(
     return Arm(
         network=network,
         train=lambda: forward_forward_step(
-            network, images, labels, None, negatives, 1e-3, generator
+            network, None, images, labels, 1e-3, generator, negatives
         ),
         evaluate=lambda: network.predict(images[:rows], rows=rows),
         resident={

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from ff_utils import checks, paths
@@ -22,10 +23,15 @@ def parameter_names(notebook: str) -> list[str]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a whole file or none: to a temporary name beside it, then rename."""
+    replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """What `write` puts into the temporary file it is given becomes `path`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        write(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

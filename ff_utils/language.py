@@ -142,14 +142,14 @@ def generate(
 
 
 def diary(
-    guess: Callable[[torch.Tensor], torch.Tensor], data: Dataset, start: str, rows: list[dict]
-) -> Callable[[dict], None]:
-    """A function to call after each epoch: adds held-out perplexity and forty characters that
-    `guess` writes after `start` to `rows`."""
+    guess: Callable[[torch.Tensor], torch.Tensor], data: Dataset, start: str
+) -> Callable[[], dict]:
+    """A function to call after each epoch: held-out perplexity, and forty characters that
+    `guess` writes after `start`."""
 
-    def write(epoch: dict) -> None:
+    def write() -> dict:
         found = perplexity(guess(data.test_images), data.test_labels)
         sample = generate(guess, start, 40, data.shape[0], device=data.test_images.device)
-        rows.append({"epoch": epoch["epoch"], "perplexity": found, "sample": sample})
+        return {"perplexity": found, "sample": sample}
 
     return write

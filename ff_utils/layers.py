@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim.adam import adam
 
 from ff_utils import checks
+from ff_utils.pairs import EPSILON, Labelled
 
-EPSILON = 1e-8
 NORMALISATIONS = ("length", "mean_square")
 # The names the seed's package gives the same three losses.
 SEED_LOSSES = {
@@ -176,13 +176,15 @@ class FFLayer(nn.Module):
         self.bias = nn.Parameter(bias.to(device), requires_grad=False)
         self.optimizer = OPTIMIZERS[optimizer](self, ["weight", "bias"])
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
+    def forward(self, h: torch.Tensor | Labelled) -> torch.Tensor:
         """y = relu(h W^T + b): (rows, inputs) -> (rows, outputs)."""
+        if isinstance(h, Labelled):
+            return h.times(self.weight).add_(self.bias).relu_()
         return torch.addmm(self.bias, h, self.weight.t()).relu_()
 
     def step(
         self,
-        h: torch.Tensor,
+        h: torch.Tensor | Labelled,
         positives: int,
         learning_rate: float,
         gradient: torch.Tensor,
@@ -191,7 +193,7 @@ class FFLayer(nn.Module):
         """Train on one batch; returns the normalised output (rows, outputs) and the loss ().
 
         h: (rows, inputs), normalised, the first `positives` rows positive, the rest negative.
-           OVERWRITTEN: its memory is used for the gradient's sake.
+           OVERWRITTEN: its memory is used for the gradient's sake. Or `Labelled` rows, whole.
         gradient: scratch memory of at least outputs * inputs elements, shared by all layers.
         micro_batches: parts the rows are taken in. With more than one, the output takes the
             input's memory where the widths are equal: one activation, and a part of one.
@@ -205,7 +207,11 @@ class FFLayer(nn.Module):
         """
         outputs, inputs = self.weight.shape
         dw, db = gradient[: self.weight.numel()].view_as(self.weight), torch.empty_like(self.bias)
-        output = h if outputs == inputs or micro_batches == 1 else h.new_empty(len(h), outputs)
+        if micro_batches == 1:
+            output, loss = self.add_gradient(h, (0, positives, len(h)), dw, db, first=True)
+            self.optimizer.update([dw, db], learning_rate)
+            return output, loss
+        output = h if outputs == inputs else h.new_empty(len(h), outputs)
         loss = 0
         starts = range(0, len(h), -(-len(h) // micro_batches))
         for start in starts:
@@ -213,17 +219,14 @@ class FFLayer(nn.Module):
             rows = (start, positives, len(h))
             y, value = self.add_gradient(part, rows, dw, db, first=start == 0)
             loss = loss + value
-            if micro_batches == 1:
-                output = y
-            else:
-                output[start : start + len(part)] = y
-                del y  # before the next part's is made
+            output[start : start + len(part)] = y
+            del y  # before the next part's is made
         self.optimizer.update([dw, db], learning_rate)
         return output, loss
 
     def add_gradient(
         self,
-        h: torch.Tensor,
+        h: torch.Tensor | Labelled,
         rows: tuple[int, int, int],
         dw: torch.Tensor,
         db: torch.Tensor,
@@ -232,14 +235,18 @@ class FFLayer(nn.Module):
         """Add the gradient of some of a batch's rows to `dw` and `db` (or, if `first`, put it
         there); returns their normalised output and their share of the loss.
 
-        h: OVERWRITTEN. rows: the batch's row that h begins with, its positive rows, all its rows.
+        h: OVERWRITTEN, or `Labelled` rows, of which there is no second part.
+        rows: the batch's row that h begins with, its positive rows, all its rows.
         """
         start, positives, count = rows
         y = self(h)
         here = min(max(positives - start, 0), len(h))
         value, slope = self.local_loss(goodness(y), here, (positives, count - positives))
         row_scale = normalise_(y, self.normalisation).mul_(slope).mul_(2 / y.shape[1])
-        dw.addmm_(y.t(), h.mul_(row_scale[:, None]), beta=0.0 if first else 1.0)
+        if isinstance(h, Labelled):
+            h.write_gradient(y, row_scale, dw)
+        else:
+            dw.addmm_(y.t(), h.mul_(row_scale[:, None]), beta=0.0 if first else 1.0)
         db.addmv_(y.t(), row_scale, beta=0.0 if first else 1.0)
         return y, value
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ff_utils import checks, pairs
-from ff_utils.layers import FFLayer, LocalSoftmax, goodness, normalise_
+from ff_utils.layers import FFLayer, LocalSoftmax, normalise_
 from ff_utils.live_bytes import counted_as
+from ff_utils.pairs import EPSILON
 
 PREDICTIONS = ("goodness", "softmax")
 EVALUATION_ROWS = 2000
@@ -49,6 +50,10 @@ class ForwardForward(nn.Module):
         checks.number("label_scale", label_scale, 0, above=True)
         checks.number("pixels", pixels, classes if label == "pixels" else 1, whole=True)
         self.pixels, self.classes, self.hidden = pixels, classes, list(hidden)
+        self.settings = {"pixels": pixels, "classes": classes, "hidden": list(hidden)}
+        self.settings |= {"label": label, "label_scale": label_scale, "loss": loss}
+        self.settings |= {"normalisation": normalisation, "theta": theta, "scale": scale}
+        self.settings |= {"optimizer": optimizer, "guesses": guesses, "seed": seed}
         self.label, self.label_scale, self.normalisation = label, label_scale, normalisation
         inputs = pixels + (classes if label == "joined" else 0)
         generator = torch.Generator().manual_seed(seed)
@@ -93,11 +98,17 @@ class ForwardForward(nn.Module):
         normalise_(h, self.normalisation)
         return h
 
+    def labelled(self, images: torch.Tensor) -> pairs.Labelled:
+        """Images (N, pixels) as the first layer reads them, whatever their labels will be."""
+        images = images.to(self.gradient.dtype)
+        choices = (self.label, self.label_scale, self.normalisation)
+        return pairs.Labelled(images, self.classes, *choices)
+
     def forward(self, h: torch.Tensor) -> list[torch.Tensor]:
         """Normalised activities of every layer: (rows, inputs) -> list of (rows, width)."""
         return list(self.activities(h, len(self.layers)))
 
-    def activities(self, h: torch.Tensor, layers: int) -> Iterator[torch.Tensor]:
+    def activities(self, h: torch.Tensor | pairs.Labelled, layers: int) -> Iterator[torch.Tensor]:
         """Normalised activities of the first `layers` layers, one at a time."""
         for layer in self.visit(range(layers)):
             h = layer(h)
@@ -109,11 +120,16 @@ class ForwardForward(nn.Module):
         return list(activities)
 
     def step(
-        self, h: torch.Tensor, positives: int, learning_rate: float, micro_batches: int = 1
+        self,
+        h: torch.Tensor | pairs.Labelled,
+        positives: int,
+        learning_rate: float,
+        micro_batches: int = 1,
     ) -> torch.Tensor:
         """Train every layer on one batch; returns their losses (layers,).
 
-        h: (rows, inputs), normalised, the first `positives` rows positive; OVERWRITTEN.
+        h: (rows, inputs), normalised, the first `positives` rows positive; OVERWRITTEN. Or
+           `labelled` rows, with which the first layer computes its image part once.
         A layer is done before the next one starts: two activations live at a time, or one and
         a part with `micro_batches`.
         """
@@ -156,33 +172,25 @@ class ForwardForward(nn.Module):
         """
         if self.softmax is None:
             raise ValueError("this network was built with guesses=False: predict by 'goodness'.")
-        return self.softmax(self.activities(self.inputs(images, None), len(self.layers)))
+        neutral = self.labelled(images).with_labels(None)
+        return self.softmax(self.activities(neutral, len(self.layers)))
 
     def label_goodness(self, images: torch.Tensor) -> torch.Tensor:
         """Goodness of every label in every layer: images (N, pixels) -> (layers, N, classes).
 
-        The labels go through a layer together, so that each layer is visited once. The first
-        layer's image part is computed once for all of them: they differ in `classes` inputs
-        only, and their one-hot codes have one length.
+        The labels go through a layer together, so that each layer is visited once.
         """
-        images = images.to(self.gradient.dtype)
-        zeros = torch.zeros(len(images), dtype=torch.long, device=images.device)
-        h = pairs.with_label(images, zeros, self.classes, self.label, self.label_scale)
-        divisor = normalise_(h, self.normalisation)
-        place = slice(self.pixels, None) if self.label == "joined" else slice(0, self.classes)
-        h[:, place] = 0
-        found = images.new_empty(len(self.layers), len(images), self.classes)
+        count = len(images)
+        tried = torch.arange(self.classes, device=images.device)[:, None].expand(-1, count)
+        h = self.labelled(images).with_labels(*tried.contiguous())
+        found = self.gradient.new_empty(len(self.layers), self.classes, count)
         for number, layer in enumerate(self.visit(range(len(self.layers)))):
-            if number == 0:
-                h = torch.addmm(layer.bias, h, layer.weight.t())
-                codes = (self.label_scale / divisor)[:, None, None] * layer.weight[:, place].t()
-                h = codes.add_(h[:, None, :]).relu_().flatten(0, 1)
-                del codes
-            else:
-                normalise_(h, self.normalisation)
-                h = layer(h)
-            found[number] = goodness(h).view(-1, self.classes)
-        return found
+            h = layer(h)
+            # The divisor is the root of the goodness, times that of the width for unit length.
+            divisor = normalise_(h, self.normalisation).sub_(EPSILON).square_()
+            width = h.shape[1] if self.normalisation == "length" else 1
+            found[number] = divisor.div_(width).view(self.classes, count)
+        return found.transpose(1, 2)
 
     def predict(
         self, images: torch.Tensor, by: str = "goodness", rows: int = EVALUATION_ROWS

@@ -3,8 +3,12 @@
 Hinton, "The Forward-Forward Algorithm" (arXiv 2212.13345), section 3.3.
 """
 
+import copy
+import math
+
 import torch
 
+EPSILON = 1e-8  # keeps a row of zeros from being divided by zero
 LABELS = ("joined", "pixels")
 NEGATIVES = ("random", "hard")
 
@@ -35,6 +39,75 @@ def label_code(
     if labels is None:
         return like.new_full((rows, classes), scale / classes)
     return like.new_zeros(rows, classes).scatter_(1, labels[:, None], scale)
+
+
+class Labelled:
+    """Images with labels written in, each row normalised, as a first layer reads them.
+
+    Nothing is written: what the image adds to the layer's output is computed once for all labels
+    it is tried with, and so is the gradient of the weights that read it. The rows are those of
+    one block of N images after the other, a block for each of `labels`: (N,) or None (neutral).
+    Otherwise as `with_label` and `layers.normalise_` have it.
+    """
+
+    def __init__(
+        self, images: torch.Tensor, classes: int, label: str, scale: float, normalisation: str
+    ) -> None:
+        pixels = images.shape[1]
+        joined = label == "joined"
+        self.image = images if joined else images[:, classes:]
+        self.image_inputs = slice(0, pixels) if joined else slice(classes, None)
+        self.code_inputs = slice(pixels, None) if joined else slice(0, classes)
+        self.classes, self.scale = classes, scale
+        self.width = self.image.shape[1] + classes if normalisation == "mean_square" else 1
+        self.squares = torch.linalg.vector_norm(self.image, dim=1).square_()
+        self.labels: tuple[torch.Tensor | None, ...] = ()
+        self.shared: dict[str, torch.Tensor] = {}
+
+    def with_labels(self, *labels: torch.Tensor | None) -> "Labelled":
+        """The same images with these labels, a block of rows for each."""
+        rows = copy.copy(self)
+        rows.labels = labels
+        return rows
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.labels) * len(self.image)
+
+    def times(self, weight: torch.Tensor) -> torch.Tensor:
+        """Rows times the transpose of `weight` (outputs, inputs): (rows, outputs)."""
+        if "product" not in self.shared:
+            self.shared["product"] = self.image @ weight[:, self.image_inputs].t()
+        codes = weight[:, self.code_inputs].t()
+        y = weight.new_empty(len(self), len(weight))
+        for block, labels in zip(y.split(len(self.image)), self.labels, strict=True):
+            if labels is None:
+                block.copy_(codes.mean(dim=0))
+            else:
+                torch.index_select(codes, 0, labels, out=block)
+            block.mul_(self.scale).add_(self.shared["product"])
+            block.div_(self._divisor(labels)[:, None])
+        return y
+
+    def write_gradient(self, y: torch.Tensor, row_scale: torch.Tensor, dw: torch.Tensor) -> None:
+        """Sum over rows of row_scale * y^T times the row, into `dw` (outputs, inputs).
+
+        The image's product is given up: the layer is about to change.
+        """
+        count, mixed = len(self.image), self.shared.pop("product")
+        divisors = torch.cat([self._divisor(labels) for labels in self.labels])
+        by_row = (row_scale / divisors)[:, None]
+        mixed.zero_()
+        for block, share in zip(y.split(count), by_row.split(count), strict=True):
+            mixed.addcmul_(block, share)
+        dw[:, self.image_inputs].addmm_(mixed.t(), self.image, beta=0)
+        codes = y.new_zeros(len(self), self.classes)
+        codes.scatter_(1, torch.cat(self.labels)[:, None], self.scale * by_row)
+        dw[:, self.code_inputs].addmm_(y.t(), codes, beta=0)
+
+    def _divisor(self, labels: torch.Tensor | None) -> torch.Tensor:
+        code = self.scale**2 / (self.classes if labels is None else 1)
+        return self.squares.add(code).sqrt_().div_(math.sqrt(self.width)).add_(EPSILON)
 
 
 def random_negatives(

@@ -1,15 +1,19 @@
 """Training loops: Forward-Forward in its two schedules, and backpropagation."""
 
+import json
+import math
 import os
+import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
+from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import nn
 
-from ff_utils import checks, pairs, progress
+from ff_utils import checks, files, pairs, paths, progress
 from ff_utils.datasets import Dataset
 from ff_utils.layers import normalise_
 from ff_utils.networks import EVALUATION_ROWS, ForwardForward
@@ -24,19 +28,129 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def train_forward_forward(
-    network: ForwardForward,
+def fit(
+    network: nn.Module,
     data: Dataset,
+    step: Callable[..., dict[str, torch.Tensor]],
+    measure: Callable[[object, int], dict],
     *,
     epochs: int,
     batch_size: int,
     learning_rate: float,
+    decay: str = "linear",
+    jitter: int = 0,
+    seed: int = 0,
+    stages: Sequence[object] = (None,),
+    optimizers: Sequence[torch.optim.Optimizer] = (),
+    checkpoint: str | os.PathLike | None = None,
+    quiet: bool = False,
+    about: dict | None = None,
+) -> pd.DataFrame:
+    """The loop of every training here: `epochs` epochs for each of `stages`, one row an epoch.
+
+    step: (stage, images, labels, learning_rate, generator) -> losses by name, each ().
+    measure: (stage, epoch) -> what to note after the epoch; may refuse what it sees.
+    jitter: pixels that each image is shifted by at most, anew for every batch.
+    checkpoint: a file that is written after every epoch, whole or not at all. Where it is there,
+        training goes on from it, to the same bits as an unbroken run. What it holds besides
+        `network` and `optimizers`: generator, history, and what the run is `about`, which must be
+        what this one is.
+    Columns: epoch, stage, every loss (mean over batches), seconds (of training), and what
+    `measure` gives. Raises FloatingPointError where a loss stops being finite, ValueError for a
+    setting out of range or a checkpoint of another run; the last good checkpoint stays.
+    """
+    _check_training(data, epochs, batch_size, learning_rate, decay)
+    checks.number("jitter", jitter, 0, min(data.shape[:2]) - 1, whole=True)
+    generator = torch.Generator().manual_seed(seed)
+    course = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+    course |= {"decay": decay, "jitter": jitter, "seed": seed, "stages": len(stages)}
+    course |= {"data": data.checksum, "images": len(data.train_labels)} | (about or {})
+    saved = Checkpoint(checkpoint, network, optimizers, generator, course)
+    rows, total = saved.load(), len(stages) * epochs
+    steps = epochs * -(-len(data.train_labels) // batch_size)
+    numbers = range(len(rows), total)
+    for number in numbers if quiet else progress.track(numbers, "epoch", len(rows), total):
+        stage, epoch = stages[number // epochs], number % epochs + 1
+        start, losses, count = time.perf_counter(), {}, 0
+        done = (epoch - 1) * (steps // epochs)
+        for images, labels in batches(data, batch_size, generator, jitter):
+            rate = learning_rate * _decayed((done + count) / steps, decay)
+            for name, loss in step(stage, images, labels, rate, generator).items():
+                losses[name] = losses.get(name, 0) + loss
+            count += 1
+        mean = {name: float(loss / count) for name, loss in losses.items()}
+        seconds = time.perf_counter() - start
+        _refuse_non_finite(mean, epoch)
+        row = {"epoch": epoch, "stage": stage, **mean, "seconds": seconds}
+        rows.append(row | measure(stage, epoch))
+        saved.save(rows)
+    return pd.DataFrame(rows)
+
+
+class Checkpoint:
+    """A training run in one file: the network, its optimizers, the generator, the history."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike | None,
+        network: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        generator: torch.Generator,
+        course: dict,
+    ) -> None:
+        self.path = Path(path) if path else None
+        self.parts = [network, *optimizers]
+        self.generator, self.course = generator, json.dumps(course, sort_keys=True)
+
+    def load(self) -> list[dict]:
+        """Take up the run that is in the file; its history, empty where there is no file."""
+        if self.path is None or not self.path.exists():
+            return []
+        place = paths.relative(self.path)
+        try:
+            kept = torch.load(self.path, weights_only=True)
+            course, rows = kept["course"], json.loads(kept["rows"])
+        except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{place} is not a whole checkpoint: delete it.") from error
+        if course != self.course:
+            then, now = json.loads(course), json.loads(self.course)
+            name = next(n for n in {**now, **then} if then.get(n) != now.get(n))
+            raise ValueError(
+                f"{place} is of a run whose {name} is {then.get(name)!r}, not {now.get(name)!r}: "
+                "delete it or give another checkpoint."
+            )
+        for part, state in zip(self.parts, kept["states"], strict=True):
+            part.load_state_dict(state)
+        self.generator.set_state(kept["generator"])
+        return rows
+
+    def save(self, rows: list[dict]) -> None:
+        """Write the run as it stands."""
+        if self.path is None:
+            return
+        state = {
+            "course": self.course,
+            "rows": json.dumps(rows),
+            "states": [part.state_dict() for part in self.parts],
+            "generator": self.generator.get_state(),
+        }
+        try:
+            files.replace(self.path, lambda temporary: torch.save(state, temporary))
+        except (OSError, RuntimeError) as error:  # PyTorch's own writer raises the latter
+            raise OSError(
+                f"{paths.relative(self.path)} could not be written ({error}): make room on its "
+                "disk or give another place; the last whole checkpoint is still there."
+            ) from error
+
+
+def train_forward_forward(
+    network: ForwardForward,
+    data: Dataset,
+    *,
     schedule: str = "joint",
     negatives: str = "hard",
-    decay: str = "linear",
-    seed: int = 0,
-    quiet: bool = False,
-    after_epoch: Callable[[dict], None] | None = None,
+    after_epoch: Callable[[], dict] = dict,
+    **course: object,
 ) -> pd.DataFrame:
     """Train on `data`'s training images; returns one row an epoch.
 
@@ -44,11 +158,11 @@ def train_forward_forward(
         layer for `epochs` epochs before the next (the seed), recomputing its input from the
         layers below, so that no layer's activations of the data set are ever kept.
     negatives: "random" wrong labels, or "hard" ones drawn from the softmax's own guesses.
-    decay: "linear" lowers the learning rate to zero over the second half of each run.
-    batch_size: images a step; each gives one positive and one negative row.
-    Columns: epoch, layer (trained; None for all), loss_1 ... (each layer's local loss),
-    softmax_loss, error (on `data`'s test part, by softmax), seconds (training alone).
-    Raises FloatingPointError where a loss stops being finite.
+    after_epoch: gives more to note of each epoch.
+    course: as in `fit`. Of batch_size images, each gives one positive and one negative row.
+    Columns: epoch, stage (the layer trained, from 0; None for all), loss_1 ... (each layer's
+    local loss), softmax_loss, error (on `data`'s test part, by softmax), seconds.
+    Raises FloatingPointError where a loss stops being finite or a layer falls silent.
     """
     checks.one_of("schedule", schedule, SCHEDULES)
     checks.one_of("negatives", negatives, pairs.NEGATIVES)
@@ -56,57 +170,37 @@ def train_forward_forward(
         raise ValueError(
             "this network was built with guesses=False: train it by train_layer_after_layer."
         )
-    _check_training(data, epochs, batch_size, learning_rate, decay)
-    generator = torch.Generator().manual_seed(seed)
+
+    def step(stage: int | None, *batch: object) -> dict[str, torch.Tensor]:
+        return forward_forward_step(network, stage, *batch, negatives=negatives)
+
+    def measure(stage: int | None, epoch: int) -> dict:
+        depth = len(network.layers) if stage is None else stage + 1
+        some = network.inputs(data.test_images[:EVALUATION_ROWS], None)
+        _refuse_silent(network.activities(some, depth), epoch)
+        return {"error": softmax_error(network, data, depth), **after_epoch()}
+
     stages = [None] if schedule == "joint" else list(range(len(network.layers)))
-    steps = epochs * -(-len(data.train_labels) // batch_size)
-    rows = []
-    for stage in stages:
-        done = 0
-        numbers = range(1, epochs + 1)
-        if not quiet:
-            numbers = progress.track(numbers, "epoch", len(rows), len(stages) * epochs)
-        for epoch in numbers:
-            start, losses, count = time.perf_counter(), 0, 0
-            for images, labels in batches(data, batch_size, generator):
-                rate = learning_rate * _decayed(done / steps, decay)
-                losses = losses + forward_forward_step(
-                    network, images, labels, stage, negatives, rate, generator
-                )
-                done, count = done + 1, count + 1
-            mean = (losses / count).tolist()
-            seconds = time.perf_counter() - start
-            _refuse_non_finite(mean, epoch, stage)
-            trained = range(len(network.layers)) if stage is None else [stage]
-            row = {"epoch": epoch, "layer": None if stage is None else stage + 1}
-            row |= {f"loss_{layer + 1}": mean[k] for k, layer in enumerate(trained)}
-            depth = None if stage is None else stage + 1
-            row |= {
-                "softmax_loss": mean[-1],
-                "error": softmax_error(network, data, depth),
-                "seconds": seconds,
-            }
-            rows.append(row)
-            if after_epoch:
-                after_epoch(row)
-    return pd.DataFrame(rows)
+    about = {"negatives": negatives, "network": network.settings}
+    return fit(network, data, step, measure, stages=stages, about=about, **course)
 
 
 def forward_forward_step(
     network: ForwardForward,
+    stage: int | None,
     images: torch.Tensor,
     labels: torch.Tensor,
-    stage: int | None,
-    negatives: str,
     learning_rate: float,
     generator: torch.Generator,
-) -> torch.Tensor:
-    """One batch through the softmax and the layers; returns their losses (trained + 1,).
+    negatives: str = "hard",
+) -> dict[str, torch.Tensor]:
+    """One batch through the softmax and the layers; returns their losses by name.
 
     stage: the one layer to train, from 0; None for all of them.
     """
     depth = len(network.layers) if stage is None else stage + 1
-    neutral = network.keep(network.activities(network.inputs(images, None), depth))
+    rows = network.labelled(images)
+    neutral = network.keep(network.activities(rows.with_labels(None), depth))
     logits = network.softmax(neutral)
     if negatives == "hard":
         wrong = pairs.hard_negatives(logits, labels, generator)
@@ -114,17 +208,17 @@ def forward_forward_step(
         wrong = pairs.random_negatives(labels, network.classes, generator)
     softmax_loss = network.softmax.step(neutral, logits, labels, learning_rate)
     del neutral
-    both = torch.cat([labels, wrong])
-    # The rows have no name here, so that they are freed once the first layer has used them.
+    h, trained = rows.with_labels(labels, wrong), range(depth)
     if stage is None:
-        losses = network.step(network.inputs(images.repeat(2, 1), both), len(labels), learning_rate)
+        losses = network.step(h, len(labels), learning_rate)
     else:
-        h = network.inputs(images.repeat(2, 1), both)
         for above in network.activities(h, stage):
             h = above
         for layer in network.visit([stage], update=True):
             _, losses = layer.step(h, len(labels), learning_rate, network.gradient)
-    return torch.cat([losses.reshape(-1), softmax_loss[None]])
+        trained = [stage]
+    found = {f"loss_{k + 1}": loss for k, loss in zip(trained, losses.reshape(-1), strict=True)}
+    return found | {"softmax_loss": softmax_loss}
 
 
 def train_layer_after_layer(
@@ -177,7 +271,7 @@ def train_layer_after_layer(
                 total, done = total + loss, done + 1
             mean = float(total / len(sizes))
             seconds = time.perf_counter() - start
-            _refuse_non_finite([mean], epoch, stage)
+            _refuse_non_finite({f"loss_{stage + 1}": mean}, epoch)
             rows.append({"epoch": epoch, "layer": stage + 1, "loss": mean, "seconds": seconds})
         if stage + 1 < depth:
             for number in range(len(sizes)):
@@ -226,7 +320,7 @@ def softmax_error(network: ForwardForward, data: Dataset, depth: int | None = No
     depth = depth or len(network.layers)
     wrong = 0
     for images, labels in test_batches(data):
-        activities = network.activities(network.inputs(images, None), depth)
+        activities = network.activities(network.labelled(images).with_labels(None), depth)
         wrong += (network.softmax(activities).argmax(1) != labels).sum()
     return float(wrong) / len(data.test_labels)
 
@@ -241,40 +335,22 @@ def goodness_errors(network: ForwardForward, data: Dataset) -> list[float]:
     return (wrong / len(data.test_labels)).tolist()
 
 
-def train_backprop(
-    network: nn.Module,
-    data: Dataset,
-    *,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    decay: str = "linear",
-    seed: int = 0,
-    quiet: bool = False,
-) -> pd.DataFrame:
+def train_backprop(network: nn.Module, data: Dataset, **course: object) -> pd.DataFrame:
     """Train a classifier by backpropagation of the cross-entropy, with Adam.
 
-    Gradients are freed right after each optimizer step. Columns as in
+    Gradients are freed right after each optimizer step. course: as in `fit`. Columns as in
     `train_forward_forward`: epoch, loss, error, seconds.
     """
-    _check_training(data, epochs, batch_size, learning_rate, decay)
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True)
-    steps = epochs * -(-len(data.train_labels) // batch_size)
-    rows, done = [], 0
-    numbers = range(1, epochs + 1)
-    for epoch in numbers if quiet else progress.track(numbers):
-        start, total, count = time.perf_counter(), 0, 0
-        for images, labels in batches(data, batch_size, generator):
-            optimizer.param_groups[0]["lr"] = learning_rate * _decayed(done / steps, decay)
-            total = total + backprop_step(network, optimizer, images, labels)
-            done, count = done + 1, count + 1
-        mean = float(total / count)
-        seconds = time.perf_counter() - start
-        _refuse_non_finite([mean], epoch, None)
-        error = classifier_error(network, data)
-        rows.append({"epoch": epoch, "loss": mean, "error": error, "seconds": seconds})
-    return pd.DataFrame(rows)
+    optimizer = torch.optim.Adam(network.parameters(), fused=True)
+
+    def step(_, images: torch.Tensor, labels: torch.Tensor, rate: float, __) -> dict:
+        optimizer.param_groups[0]["lr"] = rate
+        return {"loss": backprop_step(network, optimizer, images, labels)}
+
+    def measure(*_: object) -> dict:
+        return {"error": classifier_error(network, data)}
+
+    return fit(network, data, step, measure, optimizers=[optimizer], **course)
 
 
 def backprop_step(
@@ -301,12 +377,38 @@ def classifier_error(network: nn.Module, data: Dataset) -> float:
 
 
 def batches(
-    data: Dataset, batch_size: int, generator: torch.Generator
+    data: Dataset, batch_size: int, generator: torch.Generator, jitter: int = 0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The training images and labels in a fresh random order, `batch_size` at a time."""
+    """The training images and labels in a fresh random order, `batch_size` at a time.
+
+    jitter: pixels that each image is shifted by at most, its edges filled with zeros.
+    """
     order = torch.randperm(len(data.train_labels), generator=generator)
     for chosen in order.to(data.train_labels.device).split(batch_size):
-        yield data.train_images[chosen], data.train_labels[chosen]
+        images = data.train_images[chosen]
+        if jitter:
+            images = shifted(images, data.shape, jitter, generator)
+        yield images, data.train_labels[chosen]
+
+
+def shifted(
+    images: torch.Tensor, shape: tuple[int, ...], most: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Images (N, pixels) each shifted by up to `most` pixels in both directions, at random.
+
+    shape: (height, width) or (channels, height, width) of an image; what comes in is zero.
+    """
+    *_, height, width = shape
+    planes = images.view(len(images), -1, height, width)
+    padded = nn.functional.pad(planes, (most,) * 4)
+    down, right = torch.randint(0, 2 * most + 1, (2, len(images)), generator=generator).to(
+        images.device
+    )
+    rows = down[:, None] + torch.arange(height, device=images.device)
+    columns = right[:, None] + torch.arange(width, device=images.device)
+    which = torch.arange(len(images), device=images.device)[:, None, None]
+    moved = padded.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]]
+    return moved.permute(0, 3, 1, 2).flatten(1)
 
 
 def test_batches(
@@ -332,11 +434,20 @@ def _decayed(progress: float, decay: str) -> float:
     return min(1.0, 2 * (1 - progress)) if decay == "linear" else 1.0
 
 
-def _refuse_non_finite(losses: list[float], epoch: int, stage: int | None) -> None:
-    for position, loss in enumerate(losses):
-        if loss != loss or abs(loss) == float("inf"):
-            layer = position if stage is None else stage
+def _refuse_non_finite(losses: dict[str, float], epoch: int) -> None:
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            what = name.replace("loss_", "loss of layer ").replace("_", " ")
             raise FloatingPointError(
-                f"the loss of layer {layer + 1} is {loss} in epoch {epoch}; "
-                "lower learning_rate or scale."
+                f"the {what} is {loss} in epoch {epoch}; lower learning_rate or scale."
+            )
+
+
+def _refuse_silent(activities: Iterable[torch.Tensor], epoch: int) -> None:
+    """FloatingPointError for a layer whose units are zero for every image."""
+    for number, h in enumerate(activities, start=1):
+        if not h.any():
+            raise FloatingPointError(
+                f"layer {number} is dead in epoch {epoch}, no unit of it answers to any image; "
+                "lower learning_rate or theta."
             )

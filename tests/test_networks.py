@@ -40,6 +40,28 @@ def test_label_goodness_is_what_trying_every_label_in_full_gives(label, normalis
             h = h * (y.shape[1] ** 0.5 if normalisation == "mean_square" else 1)
 
 
+@pytest.mark.parametrize(
+    ("label", "normalisation"), list(itertools.product(pairs.LABELS, layers.NORMALISATIONS))
+)
+def test_labelled_rows_teach_what_rows_with_the_labels_written_in_teach(label, normalisation):
+    one, other = make(label, normalisation, seed=1), make(label, normalisation, seed=1)
+    labels, wrong = torch.tensor([0, 1, 2, 3, 0]), torch.tensor([1, 3, 0, 2, 2])
+    for _ in range(3):
+        rows = other.labelled(images(5))
+        for h, found in zip(
+            one.activities(one.inputs(images(5), None), 2),
+            other.activities(rows.with_labels(None), 2),
+            strict=True,
+        ):
+            assert torch.allclose(h, found, atol=1e-10)
+        h = one.inputs(images(5).repeat(2, 1), torch.cat([labels, wrong]))
+        expected = one.step(h, 5, 0.01)
+        found = other.step(rows.with_labels(labels, wrong), 5, 0.01)
+        assert torch.allclose(found, expected, atol=1e-10)
+    for name, tensor in one.state_dict().items():
+        assert torch.allclose(other.state_dict()[name], tensor, atol=1e-8), name
+
+
 def test_the_first_layer_counts_and_one_layer_alone_can_tell_classes_apart():
     network = make(hidden=(50,))
     assert network.label_goodness(images()).shape == (1, 7, 4)

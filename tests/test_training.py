@@ -63,16 +63,105 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(digits):
 
 
 def test_layerwise_training_leaves_finished_layers_alone(digits):
+    network, weights = make(digits), []
+
+    def remember():
+        weights.append(network.layers[0].weight.clone())
+        return {"seen": len(weights)}
+
+    history = train(network, digits, epochs=2, schedule="layerwise", after_epoch=remember)
+    assert history.stage.tolist() == [0, 0, 1, 1] and history.seen.tolist() == [1, 2, 3, 4]
+    assert not torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[1], weights[3])
+
+
+@pytest.mark.parametrize("schedule", training.SCHEDULES)
+def test_a_broken_run_resumes_to_the_bits_of_an_unbroken_one(digits, tmp_path, schedule):
+    whole, broken = make(digits), make(digits)
+    settings = {"epochs": 2, "schedule": schedule, "jitter": 1}
+    expected = train(whole, digits, **settings)
+    stop_after = iter((None, KeyboardInterrupt()))
+
+    def interrupt():
+        if found := next(stop_after):
+            raise found
+        return {}
+
+    path = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, digits, **settings, checkpoint=path, after_epoch=interrupt)
+    resumed = make(digits)
+    found = train(resumed, digits, **settings, checkpoint=path)
+    assert found.drop(columns="seconds").equals(expected.drop(columns="seconds"))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+    again = train(make(digits), digits, **settings, checkpoint=path)
+    assert again.equals(found)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_backprop_resumes_to_the_same_bits_too(digits, tmp_path):
+    settings = {"epochs": 2, "batch_size": 50, "learning_rate": 0.002, "quiet": True}
+    whole, broken, resumed = (networks.backprop_network(digits.pixels, 10, [50]) for _ in range(3))
+    training.train_backprop(whole, digits, **settings)
+    path, write = tmp_path / "run.pt", training.Checkpoint.save
+
+    def save_one_epoch(checkpoint, rows):
+        write(checkpoint, rows)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training.Checkpoint, "save", save_one_epoch)
+        training.train_backprop(broken, digits, **settings, checkpoint=path)
+    training.train_backprop(resumed, digits, **settings, checkpoint=path)
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_checkpoint_of_another_run_or_not_whole_is_refused(digits, tmp_path):
+    path = tmp_path / "run.pt"
+    train(make(digits), digits, epochs=1, checkpoint=path)
+    with pytest.raises(ValueError, match=r"run.pt is of a run whose epochs is 1, not 2: delete"):
+        train(make(digits), digits, epochs=2, checkpoint=path)
+    with pytest.raises(ValueError, match=r"of a run whose network is .*'theta': 1.0.*, not .*2.0"):
+        train(make(digits, theta=2.0), digits, epochs=1, checkpoint=path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"run.pt is not a whole checkpoint: delete it"):
+        train(make(digits), digits, epochs=1, checkpoint=path)
+
+
+def test_a_full_disk_leaves_the_last_whole_checkpoint(digits, tmp_path, monkeypatch):
+    path = tmp_path / "run.pt"
+    train(make(digits), digits, epochs=1, checkpoint=path)
+    kept = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
     network = make(digits)
-    weights = []
+    saved = training.Checkpoint(path, network, [], torch.Generator(), {})
+    with pytest.raises(OSError, match=r"No space left.*make room .* is still there"):
+        saved.save([])
+    assert path.read_bytes() == kept and len(list(tmp_path.iterdir())) == 1
 
-    def remember(row):
-        weights.append((row["layer"], network.layers[0].weight.clone()))
 
-    train(network, digits, epochs=2, schedule="layerwise", after_epoch=remember)
-    assert [layer for layer, _ in weights] == [1, 1, 2, 2]
-    assert not torch.equal(weights[0][1], weights[1][1])
-    assert torch.equal(weights[1][1], weights[3][1])
+def test_jitter_shifts_each_image_by_up_to_as_many_pixels():
+    generator = torch.Generator().manual_seed(0)
+    image = torch.zeros(3, 5, 6)
+    image[:, 2, 3] = torch.tensor([1.0, 2.0, 3.0])
+    rows = image.flatten().repeat(400, 1)
+    moved = training.shifted(rows, (3, 5, 6), 2, generator).view(400, 3, 5, 6)
+    assert torch.equal(moved.sum((2, 3)), torch.tensor([1.0, 2.0, 3.0]).expand(400, 3))
+    places = {tuple(p.tolist()) for p in (moved[:, 0] > 0).nonzero()[:, 1:]}
+    assert places == set(itertools.product(range(5), range(1, 6)))
+
+
+def test_a_layer_that_answers_to_nothing_stops_training(digits):
+    network = make(digits)
+    network.layers[1].bias.fill_(-100.0)
+    with pytest.raises(FloatingPointError, match="layer 2 is dead in epoch 1, no unit of it"):
+        train(network, digits, learning_rate=1e-6)
 
 
 def test_every_image_is_seen_once_an_epoch_in_a_new_order(digits):
