@@ -282,36 +282,24 @@ def train_layer_after_layer(
     return pd.DataFrame(rows)
 
 
-def compare_choices(
-    data: Dataset, hidden: list[int], network: dict, *, seeds: int, **settings: object
+def compare(
+    data: Dataset, network: dict, variants: dict[str, dict], *, seeds: int, **course: object
 ) -> pd.DataFrame:
-    """Train one network for every schedule, kind of negatives and seed; one row a run.
+    """Train a network for every variant and seed; one row a run.
 
-    network: settings of `ForwardForward`; settings: of `train_forward_forward`.
-    Columns: schedule, negatives, seed, error, seconds.
+    network: settings of `ForwardForward`; course: of `train_forward_forward`; a variant changes
+    some of either. Columns: variant, what it changes, seed, error, seconds.
     """
-    runs = list(product(SCHEDULES, pairs.NEGATIVES, range(seeds)))
     rows = []
-    for schedule, negatives, seed in progress.track(runs, "run"):
-        trial = ForwardForward(data.pixels, data.classes, hidden, seed=seed, **network)
-        kept = train_forward_forward(
-            trial,
-            data,
-            schedule=schedule,
-            negatives=negatives,
-            seed=seed,
-            quiet=True,
-            **settings,
-        )
-        rows.append(
-            {
-                "schedule": schedule,
-                "negatives": negatives,
-                "seed": seed,
-                "error": kept.error.iloc[-1],
-                "seconds": kept.seconds.sum(),
-            }
-        )
+    for (name, changes), seed in progress.track(
+        list(product(variants.items(), range(seeds))), "run"
+    ):
+        of_network = {key: changes.get(key, value) for key, value in network.items()}
+        of_course = course | {k: v for k, v in changes.items() if k not in network}
+        trial = ForwardForward(data.pixels, data.classes, seed=seed, **of_network)
+        kept = train_forward_forward(trial, data, seed=seed, quiet=True, **of_course)
+        found = {"error": kept.error.iloc[-1], "seconds": kept.seconds.sum()}
+        rows.append({"variant": name, **changes, "seed": seed, **found})
     return pd.DataFrame(rows)
 
 
