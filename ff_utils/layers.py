@@ -69,6 +69,18 @@ def linear_loss(x: torch.Tensor, positive: bool) -> tuple[torch.Tensor, torch.Te
     return sign * x, torch.full_like(x, sign)
 
 
+def pairwise_loss(g: torch.Tensor, positives: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """-log p(the positive of each pair has more goodness): value (pairs,), derivative (rows,).
+
+    g: goodness, scaled; the first `positives` rows are positive, and as many negatives follow in
+    the same order. Theta has no part in it: what is easy or hard about an image cancels out.
+    SymBa (Lee and Song, arXiv 2303.08418, section 3).
+    """
+    difference = g[:positives] - g[positives:]
+    slope = -torch.sigmoid(-difference)
+    return nn.functional.softplus(-difference), torch.cat([slope, -slope])
+
+
 LOSSES = {
     "softplus": softplus_loss,
     "probabilistic": probabilistic_loss,
@@ -79,8 +91,8 @@ LOSSES = {
 def loss_function(name: str):
     """The loss called `name`, by our name or the seed's; ValueError for any other."""
     name = SEED_LOSSES.get(name, name)
-    checks.one_of("loss", name, LOSSES)
-    return LOSSES[name]
+    checks.one_of("loss", name, (*LOSSES, "pairwise"))
+    return LOSSES.get(name, pairwise_loss)
 
 
 class Adam:
@@ -165,6 +177,7 @@ class FFLayer(nn.Module):
         checks.one_of("optimizer", optimizer, OPTIMIZERS)
         self.normalisation, self.theta, self.scale = normalisation, theta, scale
         self.loss = loss_function(loss)
+        self.pairwise = self.loss is pairwise_loss
         # PyTorch's own start for a linear layer: uniform within 1 / sqrt(inputs). Drawn on
         # the CPU, so that a seed means the same weights on every device.
         bound = 1 / math.sqrt(inputs)
@@ -256,8 +269,13 @@ class FFLayer(nn.Module):
         """Loss () of goodness (rows,) and its derivative in each row's goodness (rows,).
 
         The first `positives` rows are positive; `counts` positive and negative rows make the
-        batch that these rows are of.
+        batch that these rows are of. ValueError where a pairwise loss is given a part of them.
         """
+        if self.pairwise:
+            if len(g) != 2 * positives or positives != counts[0]:
+                raise ValueError("loss 'pairwise' needs whole batches, half of them positive.")
+            value, slope = self.loss(g.mul(self.scale), positives)
+            return value.mean(), slope.mul_(self.scale / positives)
         x = (g - self.theta).mul_(self.scale)
         value_positive, slope_positive = self.loss(x[:positives], True)
         value_negative, slope_negative = self.loss(x[positives:], False)
@@ -290,6 +308,7 @@ class LocalSoftmax(nn.Module):
         self.weight = nn.Parameter(torch.zeros(classes, sum(widths), **kind), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(classes, **kind), requires_grad=False)
         self.optimizer = OPTIMIZERS[optimizer](self, ["weight", "bias"])
+        self.register_buffer("confusion", torch.full((classes, classes), 1 / classes, **kind))
 
     def forward(self, activities: Iterable[torch.Tensor]) -> torch.Tensor:
         """Activities of the first layers, each (rows, width), normalised -> (rows, classes).
@@ -320,3 +339,11 @@ class LocalSoftmax(nn.Module):
             block.addmm_(error.t(), h, alpha=gain)
         self.optimizer.update([dw, error.sum(dim=0)], learning_rate)
         return loss
+
+    def note_guess(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Keep what is guessed for each true class, as a running mean: `confusion` (true, said)."""
+        guesses = logits.softmax(dim=1)
+        sums = torch.zeros_like(self.confusion).index_add_(0, labels, guesses)
+        counts = labels.bincount(minlength=len(sums))[:, None]
+        mean = torch.where(counts > 0, sums / counts, self.confusion)
+        self.confusion.lerp_(mean, 0.1)

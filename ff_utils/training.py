@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -71,14 +72,14 @@ def fit(
     numbers = range(len(rows), total)
     for number in numbers if quiet else progress.track(numbers, "epoch", len(rows), total):
         stage, epoch = stages[number // epochs], number % epochs + 1
-        start, losses, count = time.perf_counter(), {}, 0
+        start, losses, made = time.perf_counter(), {}, Counter()
         done = (epoch - 1) * (steps // epochs)
-        for images, labels in batches(data, batch_size, generator, jitter):
+        for count, (images, labels) in enumerate(batches(data, batch_size, generator, jitter)):
             rate = learning_rate * _decayed((done + count) / steps, decay)
             for name, loss in step(stage, images, labels, rate, generator).items():
                 losses[name] = losses.get(name, 0) + loss
-            count += 1
-        mean = {name: float(loss / count) for name, loss in losses.items()}
+                made[name] += 1
+        mean = {name: float(loss / made[name]) for name, loss in losses.items()}
         seconds = time.perf_counter() - start
         _refuse_non_finite(mean, epoch)
         row = {"epoch": epoch, "stage": stage, **mean, "seconds": seconds}
@@ -149,6 +150,7 @@ def train_forward_forward(
     *,
     schedule: str = "joint",
     negatives: str = "hard",
+    guess_share: float = 1.0,
     after_epoch: Callable[[], dict] = dict,
     **course: object,
 ) -> pd.DataFrame:
@@ -158,6 +160,9 @@ def train_forward_forward(
         layer for `epochs` epochs before the next (the seed), recomputing its input from the
         layers below, so that no layer's activations of the data set are ever kept.
     negatives: "random" wrong labels, or "hard" ones drawn from the softmax's own guesses.
+    guess_share: share of the batches for which the softmax guesses and learns. For the others,
+        whose forward pass with a neutral label is saved, hard negatives are drawn from what it
+        has lately guessed for images of the same class.
     after_epoch: gives more to note of each epoch.
     course: as in `fit`. Of batch_size images, each gives one positive and one negative row.
     Columns: epoch, stage (the layer trained, from 0; None for all), loss_1 ... (each layer's
@@ -166,13 +171,16 @@ def train_forward_forward(
     """
     checks.one_of("schedule", schedule, SCHEDULES)
     checks.one_of("negatives", negatives, pairs.NEGATIVES)
+    checks.number("guess_share", guess_share, 0, 1, above=True)
     if network.softmax is None:
         raise ValueError(
             "this network was built with guesses=False: train it by train_layer_after_layer."
         )
 
     def step(stage: int | None, *batch: object) -> dict[str, torch.Tensor]:
-        return forward_forward_step(network, stage, *batch, negatives=negatives)
+        *_, generator = batch
+        guess = guess_share == 1 or float(torch.rand((), generator=generator)) < guess_share
+        return forward_forward_step(network, stage, *batch, negatives, guess)
 
     def measure(stage: int | None, epoch: int) -> dict:
         depth = len(network.layers) if stage is None else stage + 1
@@ -181,7 +189,7 @@ def train_forward_forward(
         return {"error": softmax_error(network, data, depth), **after_epoch()}
 
     stages = [None] if schedule == "joint" else list(range(len(network.layers)))
-    about = {"negatives": negatives, "network": network.settings}
+    about = {"negatives": negatives, "guess_share": guess_share, "network": network.settings}
     return fit(network, data, step, measure, stages=stages, about=about, **course)
 
 
@@ -193,21 +201,27 @@ def forward_forward_step(
     learning_rate: float,
     generator: torch.Generator,
     negatives: str = "hard",
+    guess: bool = True,
 ) -> dict[str, torch.Tensor]:
     """One batch through the softmax and the layers; returns their losses by name.
 
-    stage: the one layer to train, from 0; None for all of them.
+    stage: the one layer to train, from 0; None for all of them. guess: see `guess_share` of
+    `train_forward_forward`.
     """
     depth = len(network.layers) if stage is None else stage + 1
-    rows = network.labelled(images)
-    neutral = network.keep(network.activities(rows.with_labels(None), depth))
-    logits = network.softmax(neutral)
+    rows, softmax, found = network.labelled(images), network.softmax, {}
+    if guess:
+        neutral = network.keep(network.activities(rows.with_labels(None), depth))
+        logits = softmax(neutral)
+        found["softmax_loss"] = softmax.step(neutral, logits, labels, learning_rate)
+        softmax.note_guess(logits, labels)
+        del neutral
+    else:
+        logits = softmax.confusion.log()[labels]
     if negatives == "hard":
         wrong = pairs.hard_negatives(logits, labels, generator)
     else:
         wrong = pairs.random_negatives(labels, network.classes, generator)
-    softmax_loss = network.softmax.step(neutral, logits, labels, learning_rate)
-    del neutral
     h, trained = rows.with_labels(labels, wrong), range(depth)
     if stage is None:
         losses = network.step(h, len(labels), learning_rate)
@@ -217,8 +231,8 @@ def forward_forward_step(
         for layer in network.visit([stage], update=True):
             _, losses = layer.step(h, len(labels), learning_rate, network.gradient)
         trained = [stage]
-    found = {f"loss_{k + 1}": loss for k, loss in zip(trained, losses.reshape(-1), strict=True)}
-    return found | {"softmax_loss": softmax_loss}
+    own = {f"loss_{k + 1}": loss for k, loss in zip(trained, losses.reshape(-1), strict=True)}
+    return own | found
 
 
 def train_layer_after_layer(

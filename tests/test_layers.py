@@ -66,6 +66,25 @@ def test_the_analytic_step_is_autograds_to_1e_10(normalisation, loss, positives)
     assert torch.allclose(output, expected)
 
 
+@pytest.mark.parametrize("normalisation", layers.NORMALISATIONS)
+def test_the_pairwise_step_is_autograds_too(normalisation):
+    layer = make(normalisation, "pairwise")
+    h = rows(normalisation=normalisation)
+    weight = layer.weight.clone().requires_grad_()
+    bias = layer.bias.clone().requires_grad_()
+    g = layer.scale * torch.relu(h @ weight.t() + bias).square().mean(dim=1)
+    value = -torch.log(torch.sigmoid(g[:6] - g[6:])).mean()
+    value.backward()
+    taken = []
+    layer.optimizer.update = lambda gradients, rate: taken.extend(gradients)
+    _, found = layer.step(h, 6, 0.1, torch.full((200,), 7.0, dtype=torch.float64))
+    assert (taken[0] - weight.grad).abs().max() < 1e-10
+    assert (taken[1] - bias.grad).abs().max() < 1e-10
+    assert abs(found - value) < 1e-10
+    with pytest.raises(ValueError, match="'pairwise' needs whole batches, half of them positive"):
+        layer.step(rows(), 5, 0.1, torch.zeros(200, dtype=torch.float64))
+
+
 def test_a_step_is_one_step_of_pytorchs_adam():
     layer = make()
     weight = torch.nn.Parameter(layer.weight.clone())

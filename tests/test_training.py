@@ -180,6 +180,17 @@ def test_the_learning_rate_falls_to_zero_over_the_second_half():
     assert training._decayed(0.9, "none") == 1
 
 
+def test_guessing_for_a_share_of_the_batches_teaches_nearly_as_well(digits):
+    network = make(digits)
+    history = train(network, digits, epochs=10, guess_share=0.5)
+    assert history.error.iloc[-1] < 0.07
+    confusion = network.softmax.confusion
+    assert torch.allclose(confusion.sum(1), torch.ones(10), atol=1e-4)
+    assert (confusion.argmax(1) == torch.arange(10)).all()
+    with pytest.raises(ValueError, match="guess_share is 0; give a number above 0 and at most 1"):
+        train(network, digits, guess_share=0)
+
+
 def test_backprop_learns_and_frees_its_gradients(digits):
     network = networks.backprop_network(digits.pixels, 10, [100, 100])
     history = training.train_backprop(
