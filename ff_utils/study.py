@@ -57,8 +57,9 @@ def _backprop_errors(network: nn.Module, data: Dataset) -> dict[str, float]:
 
 
 WIDTHS = [1000, 1000, 1000]
-SUPERVISED = {"hidden": WIDTHS, "label_scale": 4.0, "theta": 1.0, "scale": 30.0}
+SUPERVISED = {"hidden": WIDTHS, "label_scale": 4.0, "loss": "pairwise", "scale": 30.0}
 COURSE = {"epochs": 60, "batch_size": 100, "learning_rate": 0.001}
+FF_COURSE = COURSE | {"guess_share": 0.5, "softmax_rate": 0.1}
 STUDIES = {
     "supervised": Study(
         "supervised, label in the input",
@@ -66,7 +67,15 @@ STUDIES = {
         training.train_forward_forward,
         _errors,
         choices=SUPERVISED,
-        course=COURSE,
+        course=FF_COURSE,
+    ),
+    "jittered": Study(
+        "supervised, images shifted by up to two pixels",
+        _forward_forward,
+        training.train_forward_forward,
+        _errors,
+        choices=SUPERVISED,
+        course=FF_COURSE | {"epochs": 100, "jitter": 2},
     ),
     "backprop": Study(
         "backprop, the same network",

@@ -151,6 +151,7 @@ def train_forward_forward(
     schedule: str = "joint",
     negatives: str = "hard",
     guess_share: float = 1.0,
+    softmax_rate: float = 1.0,
     after_epoch: Callable[[], dict] = dict,
     **course: object,
 ) -> pd.DataFrame:
@@ -163,6 +164,8 @@ def train_forward_forward(
     guess_share: share of the batches for which the softmax guesses and learns. For the others,
         whose forward pass with a neutral label is saved, hard negatives are drawn from what it
         has lately guessed for images of the same class.
+    softmax_rate: the softmax's learning rate, as a share of the layers'. It learns faster than
+        they do and, in long trainings, too much by heart.
     after_epoch: gives more to note of each epoch.
     course: as in `fit`. Of batch_size images, each gives one positive and one negative row.
     Columns: epoch, stage (the layer trained, from 0; None for all), loss_1 ... (each layer's
@@ -172,6 +175,7 @@ def train_forward_forward(
     checks.one_of("schedule", schedule, SCHEDULES)
     checks.one_of("negatives", negatives, pairs.NEGATIVES)
     checks.number("guess_share", guess_share, 0, 1, above=True)
+    checks.number("softmax_rate", softmax_rate, 0, 1, above=True)
     if network.softmax is None:
         raise ValueError(
             "this network was built with guesses=False: train it by train_layer_after_layer."
@@ -180,7 +184,7 @@ def train_forward_forward(
     def step(stage: int | None, *batch: object) -> dict[str, torch.Tensor]:
         *_, generator = batch
         guess = guess_share == 1 or float(torch.rand((), generator=generator)) < guess_share
-        return forward_forward_step(network, stage, *batch, negatives, guess)
+        return forward_forward_step(network, stage, *batch, negatives, guess, softmax_rate)
 
     def measure(stage: int | None, epoch: int) -> dict:
         depth = len(network.layers) if stage is None else stage + 1
@@ -189,7 +193,8 @@ def train_forward_forward(
         return {"error": softmax_error(network, data, depth), **after_epoch()}
 
     stages = [None] if schedule == "joint" else list(range(len(network.layers)))
-    about = {"negatives": negatives, "guess_share": guess_share, "network": network.settings}
+    about = {"negatives": negatives, "guess_share": guess_share, "softmax_rate": softmax_rate}
+    about |= {"network": network.settings}
     return fit(network, data, step, measure, stages=stages, about=about, **course)
 
 
@@ -202,18 +207,19 @@ def forward_forward_step(
     generator: torch.Generator,
     negatives: str = "hard",
     guess: bool = True,
+    softmax_rate: float = 1.0,
 ) -> dict[str, torch.Tensor]:
     """One batch through the softmax and the layers; returns their losses by name.
 
-    stage: the one layer to train, from 0; None for all of them. guess: see `guess_share` of
-    `train_forward_forward`.
+    stage: the one layer to train, from 0; None for all of them. guess: whether the softmax
+    does, at its own rate; see `train_forward_forward`.
     """
     depth = len(network.layers) if stage is None else stage + 1
     rows, softmax, found = network.labelled(images), network.softmax, {}
     if guess:
         neutral = network.keep(network.activities(rows.with_labels(None), depth))
         logits = softmax(neutral)
-        found["softmax_loss"] = softmax.step(neutral, logits, labels, learning_rate)
+        found["softmax_loss"] = softmax.step(neutral, logits, labels, learning_rate * softmax_rate)
         softmax.note_guess(logits, labels)
         del neutral
     else:
