@@ -189,7 +189,7 @@ def train_forward_forward(
     def measure(stage: int | None, epoch: int) -> dict:
         depth = len(network.layers) if stage is None else stage + 1
         some = network.inputs(data.test_images[:EVALUATION_ROWS], None)
-        _refuse_silent(network.activities(some, depth), epoch)
+        refuse_silent(network.activities(some, depth), epoch)
         return {"error": softmax_error(network, data, depth), **after_epoch()}
 
     stages = [None] if schedule == "joint" else list(range(len(network.layers)))
@@ -451,7 +451,7 @@ def _refuse_non_finite(losses: dict[str, float], epoch: int) -> None:
             )
 
 
-def _refuse_silent(activities: Iterable[torch.Tensor], epoch: int) -> None:
+def refuse_silent(activities: Iterable[torch.Tensor], epoch: int) -> None:
     """FloatingPointError for a layer whose units are zero for every image."""
     for number, h in enumerate(activities, start=1):
         if not h.any():
