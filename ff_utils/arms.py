@@ -10,6 +10,7 @@ from ff_utils import closed_form, seed
 from ff_utils.closed_form import CLASSES, PIXELS, PRECISIONS, Setting
 from ff_utils.live_bytes import HOST, LiveBytes
 from ff_utils.networks import ForwardForward, backprop_network
+from ff_utils.recurrent import RecurrentForwardForward, recurrent_step
 from ff_utils.remedies import OPTIMIZERS, Backprop
 from ff_utils.streaming import Slots, StreamedBackprop, StreamedForwardForward
 from ff_utils.training import backprop_step, forward_forward_step
@@ -59,6 +60,28 @@ def backprop_arm(
     )
 
 
+def recurrent_arm(
+    network: RecurrentForwardForward, images: torch.Tensor, labels: torch.Tensor
+) -> Arm:
+    """A whole step of the recurrent network: guess, negatives, softmax, all time steps."""
+    generator = torch.Generator().manual_seed(0)
+    rows = max(1, len(images) // 2)
+    return Arm(
+        network=network,
+        train=lambda: recurrent_step(network, images, labels, 1e-3, generator),
+        evaluate=lambda: network.predict(images[:rows], rows=rows),
+        resident=_resident(network, images, labels),
+    )
+
+
+def _resident(network: nn.Module, *inputs: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+    return {
+        "optimizer_state": [b for name, b in network.named_buffers() if name != "gradient"],
+        "gradients": [network.gradient],
+        "inputs": list(inputs),
+    }
+
+
 def forward_forward_arm(
     network: ForwardForward, images: torch.Tensor, labels: torch.Tensor, negatives: str
 ) -> Arm:
@@ -71,11 +94,7 @@ def forward_forward_arm(
             network, None, images, labels, 1e-3, generator, negatives
         ),
         evaluate=lambda: network.predict(images[:rows], rows=rows),
-        resident={
-            "optimizer_state": [b for name, b in network.named_buffers() if name != "gradient"],
-            "gradients": [network.gradient],
-            "inputs": [images, labels],
-        },
+        resident=_resident(network, images, labels),
     )
 
 
@@ -337,6 +356,12 @@ def _ff_recurrent(s: Setting) -> Arm:
     )
 
 
+def _ff_recurrent_analytic(s: Setting) -> Arm:
+    """As many time steps as the label needs to come down to the first layer, and at least 8."""
+    network = _network(RecurrentForwardForward, s, steps=max(8, s.depth))
+    return recurrent_arm(network, *_rows(s, s.batch // 2))
+
+
 @torch.no_grad()
 def _no_grad(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return network(images)
@@ -372,4 +397,5 @@ ARMS = {
     "ff_seed": ArmKind(_ff_seed, "FF (seed)"),
     "ff_seed_uncached": ArmKind(_ff_seed_uncached, "FF (seed), no cache"),
     "ff_recurrent": ArmKind(_ff_recurrent, "recurrent FF (seed)"),
+    "ff_recurrent_analytic": ArmKind(_ff_recurrent_analytic, "recurrent FF, analytic step"),
 }

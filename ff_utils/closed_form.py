@@ -533,6 +533,28 @@ def _ff_recurrent(s: Setting) -> Moment:
     return _largest(moments)
 
 
+def _ff_recurrent_analytic(s: Setting) -> Moment:
+    """Two weights and a gradient of both for every layer; its state, whatever the number of time
+    steps, and at the layer being worked on its output, its next state and that of the one below.
+    What the images add to the first layer, and what their weights are to learn, for half the
+    rows."""
+    half = replace(s, batch=s.batch // 2)
+    rows = replace(s, batch=2 * half.batch)
+    depth, a = s.depth, rows.activation
+    top = s.element * CLASSES * s.hidden
+    layers = s.layers() + (depth - 1) * s.element * s.hidden * s.hidden + top
+    softmax = s.element * (CLASSES * depth * s.hidden + CLASSES)
+    stays = {
+        "parameters": layers + softmax,
+        "optimizer_state": s.state(layers + softmax, depth + 1),
+        "gradients": layers,
+        "inputs": half.images + half.labels,
+    }
+    numbers = (2 * depth + min(depth, 2) + 5) * rows.row_vector
+    working = (depth + min(depth, 2) + 2) * a + half.images + rows.logits + half.labels
+    return _largest([stays | {"activations": working + numbers}])
+
+
 FORMS = {
     "backprop": _backprop,
     "backprop_checkpoint": _backprop_checkpoint,
@@ -553,4 +575,5 @@ FORMS = {
     "ff_seed": _ff_seed,
     "ff_seed_uncached": _ff_seed_uncached,
     "ff_recurrent": _ff_recurrent,
+    "ff_recurrent_analytic": _ff_recurrent_analytic,
 }

@@ -42,6 +42,7 @@ COLOURS = {
     "ff_seed": PALE_ORANGE,
     "ff_seed_uncached": "#dba183",
     "ff_recurrent": "#d8c08c",
+    "ff_recurrent_analytic": "#b5761b",
 }
 POSITIVE, NEGATIVE = "#2a8c82", "#a5528f"
 CATEGORY_COLOURS = dict(zip(CATEGORIES, sns.color_palette("colorblind", 6), strict=True))

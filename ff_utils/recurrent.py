@@ -29,8 +29,7 @@ class RecurrentForwardForward(nn.Module):
     At every time step all layers at once read what their neighbours were at the step before, each
     row normalised to mean square 1: with n that normalisation, and h_0 the image, h_L+1 the label,
         y_l = relu(U_l n(h_l-1) + D_l n(h_l+1) + b_l),   h_l <- damping h_l + (1 - damping) y_l.
-    Step 0 is one pass from the image up, without D. The label is one-hot times `label_scale`, or
-    1 / classes everywhere where it is neutral.
+    Step 0 is one pass from the image up, without D. The label is one-hot times `label_scale`.
     steps: of training; `first` to `last`: the steps whose goodness is summed to predict.
     A layer's weight (width, below + above) is U and D side by side.
     """
@@ -158,8 +157,7 @@ class RecurrentForwardForward(nn.Module):
         has come down to it at: before, its positive and its negative rows are the same.
         """
         count, depth = len(images), len(self.layers)
-        both = torch.cat([labels, wrong])
-        label = pairs.label_code(both, 2 * count, self.classes, self.label_scale, drive)
+        label = self._label(torch.cat([labels, wrong]))
         for number, (h, divisor) in enumerate(states):
             states[number] = h.repeat(2, 1), divisor.repeat(2)
         del h, divisor
@@ -194,6 +192,10 @@ class RecurrentForwardForward(nn.Module):
             layer.optimizer.update(list(pair), learning_rate)
         return losses
 
+    def _label(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels (rows,) as the top layer reads them (rows, classes)."""
+        return pairs.label_code(labels, len(labels), self.classes, self.label_scale, self.gradient)
+
     def _gradients(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The gradient buffer, cleared, as one of each layer's weight and bias."""
         parameters = list(self.layers.parameters())
@@ -210,8 +212,8 @@ class RecurrentForwardForward(nn.Module):
         images (N, pixels) -> (layers, N, classes)."""
         count = len(images)
         _, drive, states = self.start(images)
-        tried = torch.arange(self.classes, device=drive.device).repeat_interleave(count)
-        label = pairs.label_code(tried, len(tried), self.classes, self.label_scale, drive)
+        tried = torch.arange(self.classes, device=drive.device)
+        label = self._label(tried.repeat_interleave(count))
         for number, (h, divisor) in enumerate(states):
             states[number] = h.repeat(self.classes, 1), divisor.repeat(self.classes)
         total = 0
@@ -262,7 +264,7 @@ def recurrent_step(
     logits = network.softmax(activities)
     wrong = pairs.hard_negatives(logits, labels, generator)
     softmax_loss = network.softmax.step(activities, logits, labels, learning_rate)
-    del activities
+    del activities, logits
     losses = network.step(images, drive, states, labels, wrong, learning_rate)
     found = {f"loss_{k}": loss for k, loss in enumerate(losses, start=1)}
     return found | {"softmax_loss": softmax_loss}
