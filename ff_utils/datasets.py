@@ -1,8 +1,10 @@
-"""Images and text, checked by checksum: MNIST, Fashion-MNIST, 8x8 digits, fables."""
+"""Images, checked by checksum: MNIST, Fashion-MNIST, CIFAR-10, and two built-in sets of digits."""
 
 import gzip
 import hashlib
+import pickle
 import sys
+import tarfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +30,7 @@ MIRRORS = {
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
         "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
     ),
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/",),
 }
 CHECKSUMS = {
     "mnist": {
@@ -42,9 +45,17 @@ CHECKSUMS = {
         "test_images": "md5:bef4ecab320f06d8554ea6380940ec79",
         "test_labels": "md5:bb300cfdad3c16e7a12a480ee83cd310",
     },
+    "cifar10": {"archive": "md5:c58f30108f718f92721af3b95e74349a"},
 }
-TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "digits": "8x8 digits"}
-DATASETS = ("auto", "mnist", "fashion_mnist", "digits")
+CIFAR_FILE = "cifar-10-python.tar.gz"
+TITLES = {
+    "mnist": "MNIST",
+    "fashion_mnist": "Fashion-MNIST",
+    "cifar10": "CIFAR-10",
+    "digits": "8x8 digits",
+    "colour_digits": "8x8 colour digits",
+}
+DATASETS = ("auto", *TITLES)
 
 
 class DataNotFoundError(RuntimeError):
@@ -55,11 +66,12 @@ class DataNotFoundError(RuntimeError):
 class Dataset:
     """Images (N, pixels) float32 in [0, 1] and labels (N,) int64, for training and for testing.
 
+    shape: (height, width) of an image, or (channels, height, width) of one in colour.
     `fallback` is empty, or says why this is not the data set that was asked for.
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     classes: int
     train_images: torch.Tensor
     train_labels: torch.Tensor
@@ -129,10 +141,10 @@ def load(
     network, and ValueError for a file whose checksum is wrong.
     """
     checks.one_of("dataset", name, DATASETS)
-    if name == "digits":
-        return _digits().subset(train_size, test_size)
+    built_in = {"digits": _digits, "colour_digits": _colour_digits, "cifar10": _cifar10}
     if name != "auto":
-        return _idx(name).subset(train_size, test_size)
+        whole = built_in[name]() if name in built_in else _idx(name)
+        return whole.subset(train_size, test_size)
     try:
         return _idx("mnist").subset(train_size, test_size)
     except DataNotFoundError as error:
@@ -162,6 +174,73 @@ def _digits(fallback: str = "") -> Dataset:
         test_labels=labels[-360:],
         checksum=checksum,
         fallback=fallback,
+    )
+
+
+def _colour_digits() -> Dataset:
+    """The 8x8 digits, each in a colour of its own on a ground of another, (3, 8, 8): the colours
+    say nothing of the class."""
+    digits, generator = _digits(), np.random.default_rng(1)
+
+    def tinted(images: torch.Tensor) -> torch.Tensor:
+        colours = generator.random((2, len(images), 3, 1), dtype=np.float32)
+        # At least half of the range apart in brightness, so that every digit is to be read.
+        ink, ground = torch.from_numpy(colours * 0.5 + np.float32([0.5, 0])[:, None, None, None])
+        share = images[:, None]
+        return (share * ink + (1 - share) * ground).flatten(1)
+
+    train, test = tinted(digits.train_images), tinted(digits.test_images)
+    checksum = hashlib.sha256(train.numpy().tobytes() + test.numpy().tobytes()).hexdigest()
+    return replace(
+        digits,
+        name="colour_digits",
+        shape=(3, 8, 8),
+        train_images=train,
+        test_images=test,
+        checksum=checksum,
+    )
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads arrays in plain containers; whatever else a pickle names is refused, not run."""
+
+    ALLOWED = {
+        ("numpy", "dtype"): np.dtype,
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    }
+
+    def find_class(self, module: str, name: str) -> object:
+        """What a pickle names, if it is part of an array."""
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return self.ALLOWED[module, name]
+
+
+def _cifar10() -> Dataset:
+    """CIFAR-10 from its archive of Python pickles: five training batches, one test batch."""
+    path = _find("cifar10", CIFAR_FILE, CHECKSUMS["cifar10"]["archive"])
+    names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+    images, labels = [], []
+    try:
+        with tarfile.open(path) as archive:
+            for name in names:
+                member = archive.extractfile(f"cifar-10-batches-py/{name}")
+                batch = _ArraysOnly(member, encoding="bytes").load()
+                images.append(torch.from_numpy(batch[b"data"]).view(-1, 3 * 32 * 32))
+                labels.append(torch.tensor(batch[b"labels"]))
+    except (OSError, EOFError, KeyError, tarfile.TarError, pickle.UnpicklingError) as error:
+        place = paths.relative(path)
+        raise ValueError(f"{place} is not CIFAR-10's archive: delete it ({error}).") from error
+    return Dataset(
+        name="cifar10",
+        shape=(3, 32, 32),
+        classes=10,
+        train_images=torch.cat(images[:-1]).float().div_(255),
+        train_labels=torch.cat(labels[:-1]),
+        test_images=images[-1].float().div_(255),
+        test_labels=labels[-1],
+        checksum=hashlib.sha256(path.read_bytes()).hexdigest(),
     )
 
 

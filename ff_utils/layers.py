@@ -5,7 +5,8 @@ graph is built and nothing is stored for later. Source: Hinton, arXiv 2212.13345
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch import nn
@@ -169,6 +170,7 @@ class FFLayer(nn.Module):
         generator: torch.Generator | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        weight_shape: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         checks.one_of("normalisation", normalisation, NORMALISATIONS)
@@ -178,12 +180,12 @@ class FFLayer(nn.Module):
         self.normalisation, self.theta, self.scale = normalisation, theta, scale
         self.loss = loss_function(loss)
         self.pairwise = self.loss is pairwise_loss
-        # PyTorch's own start for a linear layer: uniform within 1 / sqrt(inputs). Drawn on
-        # the CPU, so that a seed means the same weights on every device.
-        bound = 1 / math.sqrt(inputs)
-        weight = torch.empty(outputs, inputs, dtype=dtype).uniform_(
-            -bound, bound, generator=generator
-        )
+        # PyTorch's own start for a linear layer: uniform within 1 / sqrt(inputs of a unit). Drawn
+        # on the CPU, so that a seed means the same weights on every device.
+        self.outputs, self.inputs = outputs, inputs
+        weight = torch.empty(weight_shape or (outputs, inputs), dtype=dtype)
+        bound = 1 / math.sqrt(weight.shape[-1])
+        weight.uniform_(-bound, bound, generator=generator)
         bias = torch.empty(outputs, dtype=dtype).uniform_(-bound, bound, generator=generator)
         self.weight = nn.Parameter(weight.to(device), requires_grad=False)
         self.bias = nn.Parameter(bias.to(device), requires_grad=False)
@@ -194,6 +196,16 @@ class FFLayer(nn.Module):
         if isinstance(h, Labelled):
             return h.times(self.weight).add_(self.bias).relu_()
         return torch.addmm(self.bias, h, self.weight.t()).relu_()
+
+    def normalise_(self, y: torch.Tensor) -> torch.Tensor:
+        """`normalise_` as this layer has it: the divisor of each row (rows,)."""
+        return normalise_(y, self.normalisation)
+
+    def goodness_of(self, divisor: torch.Tensor) -> torch.Tensor:
+        """Goodness (rows,) of rows that were divided by `divisor`, which is overwritten."""
+        # The divisor is the root of the goodness, times that of the width for unit length.
+        width = self.outputs if self.normalisation == "length" else 1
+        return divisor.sub_(EPSILON).square_().div_(width)
 
     def step(
         self,
@@ -218,13 +230,12 @@ class FFLayer(nn.Module):
         the number s_i = (dL/dg_i) 2 d_i / outputs: scale the rows of h by s, then dW = n^T h.
         Nothing of a batch's size is made but y itself, which leaves as the next layer's input.
         """
-        outputs, inputs = self.weight.shape
         dw, db = gradient[: self.weight.numel()].view_as(self.weight), torch.empty_like(self.bias)
         if micro_batches == 1:
             output, loss = self.add_gradient(h, (0, positives, len(h)), dw, db, first=True)
             self.optimizer.update([dw, db], learning_rate)
             return output, loss
-        output = h if outputs == inputs else h.new_empty(len(h), outputs)
+        output = h if self.outputs == self.inputs else h.new_empty(len(h), self.outputs)
         loss = 0
         starts = range(0, len(h), -(-len(h) // micro_batches))
         for start in starts:
@@ -255,7 +266,7 @@ class FFLayer(nn.Module):
         y = self(h)
         here = min(max(positives - start, 0), len(h))
         value, slope = self.local_loss(goodness(y), here, (positives, count - positives))
-        row_scale = normalise_(y, self.normalisation).mul_(slope).mul_(2 / y.shape[1])
+        row_scale = self.normalise_(y).mul_(slope).mul_(2 / y.shape[1])
         if isinstance(h, Labelled):
             h.write_gradient(y, row_scale, dw)
         else:
@@ -275,7 +286,7 @@ class FFLayer(nn.Module):
             if len(g) != 2 * positives or positives != counts[0]:
                 raise ValueError("loss 'pairwise' needs whole batches, half of them positive.")
             value, slope = self.loss(g.mul(self.scale), positives)
-            return value.mean(), slope.mul_(self.scale / positives)
+            return value.sum() / positives, slope.mul_(self.scale / positives)
         x = (g - self.theta).mul_(self.scale)
         value_positive, slope_positive = self.loss(x[:positives], True)
         value_negative, slope_negative = self.loss(x[positives:], False)
@@ -285,11 +296,12 @@ class FFLayer(nn.Module):
 
 
 class LocalSoftmax(nn.Module):
-    """A linear softmax over the normalised activities of every layer, trained analytically.
+    """A linear softmax over the normalised activities of the layers, trained analytically.
 
     It sends nothing back into the layers. Its guess on a neutral label predicts the class and
     draws hard negatives (Hinton, section 3.3). Activities are read at mean square 1, whatever
     the layers' normalisation: logits = sum over layers of gain_l h_l A_l^T + a.
+    first: the first layer that it reads, from 1.
     """
 
     def __init__(
@@ -300,8 +312,11 @@ class LocalSoftmax(nn.Module):
         optimizer: str = "adam",
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        first: int = 1,
     ) -> None:
         super().__init__()
+        checks.number("first_read", first, 1, len(widths), whole=True)
+        self.unread, widths = first - 1, widths[first - 1 :]
         self.widths = widths
         self.gains = [math.sqrt(w) if normalisation == "length" else 1.0 for w in widths]
         kind = {"device": device, "dtype": dtype}
@@ -316,8 +331,7 @@ class LocalSoftmax(nn.Module):
         They may come one at a time: none is kept.
         """
         logits = self.bias
-        blocks = self.weight.split(self.widths, dim=1)
-        for h, gain, block in zip(activities, self.gains, blocks, strict=False):
+        for h, gain, block in self._read(activities, self.weight):
             logits = torch.addmm(logits, h, block.t(), alpha=gain)
         return logits
 
@@ -334,11 +348,17 @@ class LocalSoftmax(nn.Module):
         error[torch.arange(len(labels), device=labels.device), labels] -= 1
         error /= len(labels)
         dw = torch.zeros_like(self.weight)
-        blocks = dw.split(self.widths, dim=1)
-        for h, gain, block in zip(activities, self.gains, blocks, strict=False):
+        for h, gain, block in self._read(activities, dw):
             block.addmm_(error.t(), h, alpha=gain)
         self.optimizer.update([dw, error.sum(dim=0)], learning_rate)
         return loss
+
+    def _read(
+        self, activities: Iterable[torch.Tensor], weight: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, float, torch.Tensor]]:
+        """Of every layer that is read: its activities, their gain, its part of `weight`."""
+        read = islice(activities, self.unread, None)
+        return zip(read, self.gains, weight.split(self.widths, dim=1), strict=False)
 
     def note_guess(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Keep what is guessed for each true class, as a running mean: `confusion` (true, said)."""

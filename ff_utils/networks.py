@@ -10,7 +10,6 @@ from torch import nn
 from ff_utils import checks, pairs
 from ff_utils.layers import FFLayer, LocalSoftmax, normalise_
 from ff_utils.live_bytes import counted_as
-from ff_utils.pairs import EPSILON
 
 PREDICTIONS = ("goodness", "softmax")
 EVALUATION_ROWS = 2000
@@ -21,6 +20,8 @@ class ForwardForward(nn.Module):
 
     guesses: have a softmax that reads the layers, predicts from the neutral label, and draws
         hard negatives. Without, there is nothing but the layers: predict by goodness.
+    first_read: the first layer that the softmax reads, from 1; Hinton's reads from 2.
+    With label="none" the network reads the image alone: train it by `train_unsupervised`.
     Hinton, arXiv 2212.13345, section 3.3; with label="joined", normalisation="length",
     theta=2 and scale=1, the seed's network.
     """
@@ -39,6 +40,7 @@ class ForwardForward(nn.Module):
         scale: float = 1.0,
         optimizer: str = "adam",
         guesses: bool = True,
+        first_read: int = 1,
         seed: int = 0,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -49,11 +51,14 @@ class ForwardForward(nn.Module):
         checks.one_of("label", label, pairs.LABELS)
         checks.number("label_scale", label_scale, 0, above=True)
         checks.number("pixels", pixels, classes if label == "pixels" else 1, whole=True)
+        if label == "none" and not guesses:
+            raise ValueError("label is 'none': the softmax alone can predict, give guesses=True.")
         self.pixels, self.classes, self.hidden = pixels, classes, list(hidden)
         self.settings = {"pixels": pixels, "classes": classes, "hidden": list(hidden)}
         self.settings |= {"label": label, "label_scale": label_scale, "loss": loss}
         self.settings |= {"normalisation": normalisation, "theta": theta, "scale": scale}
         self.settings |= {"optimizer": optimizer, "guesses": guesses, "seed": seed}
+        self.settings |= {"first_read": first_read}
         self.label, self.label_scale, self.normalisation = label, label_scale, normalisation
         inputs = pixels + (classes if label == "joined" else 0)
         generator = torch.Generator().manual_seed(seed)
@@ -67,19 +72,23 @@ class ForwardForward(nn.Module):
             "dtype": dtype,
         }
         # One gradient buffer, as large as the largest layer, serves all of them in turn.
-        widths = [inputs, *hidden]
-        largest = max(below * above for below, above in pairwise(widths))
+        plan = self.plan(inputs)
+        largest = max(weights for _, weights in plan)
         self.register_buffer(
             "gradient", torch.zeros(largest, device=device, dtype=dtype), persistent=False
         )
         self.layers = nn.ModuleList(
-            self.place(number, partial(FFLayer, below, above, **settings))
-            for number, (below, above) in enumerate(pairwise(widths))
+            self.place(number, partial(make, **settings)) for number, (make, _) in enumerate(plan)
         )
         self.softmax = None
         if guesses:
             kind = (normalisation, optimizer, device, dtype)
-            self.softmax = LocalSoftmax(list(hidden), classes, *kind)
+            self.softmax = LocalSoftmax(list(hidden), classes, *kind, first=first_read)
+
+    def plan(self, inputs: int) -> list[tuple[Callable[..., FFLayer], int]]:
+        """What makes each layer above `inputs` inputs, and how many weights it has."""
+        sizes = pairwise([inputs, *self.hidden])
+        return [(partial(FFLayer, below, above), below * above) for below, above in sizes]
 
     def place(self, number: int, make: Callable[..., FFLayer]) -> FFLayer:
         """Make a layer where it lives: here, on the device with all others."""
@@ -98,8 +107,10 @@ class ForwardForward(nn.Module):
         normalise_(h, self.normalisation)
         return h
 
-    def labelled(self, images: torch.Tensor) -> pairs.Labelled:
+    def labelled(self, images: torch.Tensor) -> pairs.Labelled | pairs.Written:
         """Images (N, pixels) as the first layer reads them, whatever their labels will be."""
+        if self.label == "none":
+            return pairs.Written(partial(self.inputs, images))
         images = images.to(self.gradient.dtype)
         choices = (self.label, self.label_scale, self.normalisation)
         return pairs.Labelled(images, self.classes, *choices)
@@ -112,7 +123,7 @@ class ForwardForward(nn.Module):
         """Normalised activities of the first `layers` layers, one at a time."""
         for layer in self.visit(range(layers)):
             h = layer(h)
-            normalise_(h, self.normalisation)
+            layer.normalise_(h)
             yield h
 
     def keep(self, activities: Iterator[torch.Tensor]) -> Iterable[torch.Tensor]:
@@ -180,16 +191,16 @@ class ForwardForward(nn.Module):
 
         The labels go through a layer together, so that each layer is visited once.
         """
+        if self.label == "none":
+            raise ValueError("label is 'none': no goodness tells of a label, predict by 'softmax'.")
         count = len(images)
         tried = torch.arange(self.classes, device=images.device)[:, None].expand(-1, count)
         h = self.labelled(images).with_labels(*tried.contiguous())
         found = self.gradient.new_empty(len(self.layers), self.classes, count)
         for number, layer in enumerate(self.visit(range(len(self.layers)))):
             h = layer(h)
-            # The divisor is the root of the goodness, times that of the width for unit length.
-            divisor = normalise_(h, self.normalisation).sub_(EPSILON).square_()
-            width = h.shape[1] if self.normalisation == "length" else 1
-            found[number] = divisor.div_(width).view(self.classes, count)
+            g = layer.goodness_of(layer.normalise_(h))
+            found[number] = g.view(self.classes, count)
         return found.transpose(1, 2)
 
     def predict(

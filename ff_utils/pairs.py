@@ -1,15 +1,19 @@
-"""Positive and negative samples: an image with its true label, and with a wrong one.
+"""Positive and negative samples: an image with its true label and with a wrong one, or without
+labels an image and a hybrid of two.
 
-Hinton, "The Forward-Forward Algorithm" (arXiv 2212.13345), section 3.3.
+Hinton, "The Forward-Forward Algorithm" (arXiv 2212.13345), sections 3.2 and 3.3.
 """
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 
+from ff_utils import checks
+
 EPSILON = 1e-8  # keeps a row of zeros from being divided by zero
-LABELS = ("joined", "pixels")
+LABELS = ("joined", "pixels", "none")
 NEGATIVES = ("random", "hard")
 
 
@@ -23,9 +27,11 @@ def with_label(
     """Images (N, pixels) with their labels (N,) written in, as a new tensor.
 
     label: "pixels" overwrites the first `classes` pixels with the one-hot label (Hinton);
-        "joined" appends it as `classes` more inputs (the seed).
+        "joined" appends it as `classes` more inputs (the seed); "none" writes nothing.
     labels: None writes the neutral label, 1 / classes everywhere.
     """
+    if label == "none":
+        return images.clone()
     code = label_code(labels, len(images), classes, scale, images)
     if label == "joined":
         return torch.cat([images, code], dim=1)
@@ -108,6 +114,49 @@ class Labelled:
     def _divisor(self, labels: torch.Tensor | None) -> torch.Tensor:
         code = self.scale**2 / (self.classes if labels is None else 1)
         return self.squares.add(code).sqrt_().div_(math.sqrt(self.width)).add_(EPSILON)
+
+
+class Written:
+    """As `Labelled`, for a first layer that has no image part to share: rows in full.
+
+    write: labels (N,), or None for the neutral one, -> the images' rows, normalised.
+    """
+
+    def __init__(self, write: Callable[[torch.Tensor | None], torch.Tensor]) -> None:
+        self.write = write
+
+    def with_labels(self, *labels: torch.Tensor | None) -> torch.Tensor:
+        """The same images with these labels, a block of rows for each."""
+        blocks = [self.write(chosen) for chosen in labels]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def hybrid_images(
+    images: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator, blurs: int = 6
+) -> torch.Tensor:
+    """Of each image (N, pixels) what a smooth random mask shows, and elsewhere of another image.
+
+    Each piece is of a digit and the whole is of none: negatives that need no label, whose
+    long-range shape is all that tells them from images. The mask is random bits blurred `blurs`
+    times by [1/4, 1/2, 1/4] in both directions, where above a half; one for all channels.
+    shape: (height, width) or (channels, height, width) of an image. The other image is the
+    row's before: the rows must come in random order. Hinton, section 3.2.
+    """
+    checks.number("images", len(images), 2)
+    *_, height, width = shape
+    bits = torch.randint(0, 2, (len(images), height, width), generator=generator)
+    bits = bits.to(images.device, images.dtype)
+    down, across = (_blur(size, blurs).to(images) for size in (height, width))
+    mask = (down @ bits @ across.t() > 0.5)[:, None]
+    planes = images.view(len(images), -1, height, width)
+    return torch.where(mask, planes, planes.roll(1, 0)).flatten(1)
+
+
+def _blur(size: int, times: int) -> torch.Tensor:
+    """What blurring a line `times` times does to it, (size, size); its ends are repeated."""
+    beyond = torch.eye(size)[[0, *range(size), size - 1]]
+    once = beyond[:-2] / 4 + beyond[1:-1] / 2 + beyond[2:] / 4
+    return torch.linalg.matrix_power(once, times)
 
 
 def random_negatives(

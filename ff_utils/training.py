@@ -180,6 +180,10 @@ def train_forward_forward(
         raise ValueError(
             "this network was built with guesses=False: train it by train_layer_after_layer."
         )
+    if network.label == "none":
+        raise ValueError("label is 'none': train this network by train_unsupervised.")
+    if schedule == "layerwise" and network.softmax.unread:
+        raise ValueError("schedule is 'layerwise', whose softmax reads layer 1: give first_read=1.")
 
     def step(stage: int | None, *batch: object) -> dict[str, torch.Tensor]:
         *_, generator = batch

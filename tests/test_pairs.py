@@ -57,3 +57,48 @@ def test_the_label_is_written_over_the_first_pixels_or_appended():
 def test_the_neutral_label_is_the_same_for_every_class():
     neutral = pairs.with_label(torch.rand(2, 20), None, 10, "pixels", scale=4.0)
     assert torch.allclose(neutral[:, :10], torch.full((2, 10), 0.4))
+
+
+@pytest.mark.parametrize("shape", [(9, 11), (3, 9, 11)])
+def test_a_hybrid_is_of_one_image_in_the_mask_and_of_another_elsewhere(shape):
+    # Every image is of one number, so that a pixel says which image it comes from.
+    numbers = torch.arange(50.0)[:, None].repeat(1, 99 * (1 if len(shape) == 2 else 3))
+    hybrids = pairs.hybrid_images(numbers, shape, generator(), 3)
+    own = hybrids == numbers
+    other = hybrids == (numbers - 1) % 50
+    assert (own ^ other).all()  # the row before
+    assert 0.4 < own.float().mean() < 0.6
+    if len(shape) == 3:  # one mask for all channels
+        planes = own.view(50, 3, 99)
+        assert (planes == planes[:, :1]).all()
+    again = pairs.hybrid_images(numbers, shape, generator(), 3)
+    assert torch.equal(hybrids, again)
+
+
+def test_a_hybrids_mask_is_random_bits_blurred_again_and_again():
+    bits = torch.randint(0, 2, (2, 6, 7), generator=generator()).double()
+    blurred = bits.clone()
+    for _ in range(4):
+        for dim in (1, 2):
+            size = blurred.shape[dim]
+            before = blurred.index_select(dim, torch.arange(-1, size - 1).clamp(min=0))
+            after = blurred.index_select(dim, torch.arange(1, size + 1).clamp(max=size - 1))
+            blurred = before / 4 + blurred / 2 + after / 4
+    images = torch.stack([torch.ones(42), torch.zeros(42)]).double()
+    found = pairs.hybrid_images(images, (6, 7), generator(), 4).view(2, 6, 7)
+    assert torch.equal(found[0] == 1, blurred[0] > 0.5)
+    assert torch.equal(found[1] == 0, blurred[1] > 0.5)
+
+
+def test_more_blurs_leave_larger_pieces():
+    images = torch.stack([torch.ones(784), torch.zeros(784)]).repeat(100, 1)
+    edges = []
+    for blurs in (1, 6, 20):
+        found = pairs.hybrid_images(images, (28, 28), generator(), blurs).view(-1, 28, 28)
+        edges.append((found[:, 1:] != found[:, :-1]).float().mean().item())
+    assert edges[0] > 1.5 * edges[1] > 2 * edges[2]
+
+
+def test_one_image_has_no_other_to_mix_with():
+    with pytest.raises(ValueError, match="images is 1; give a number of at least 2"):
+        pairs.hybrid_images(torch.rand(1, 16), (4, 4), generator())
