@@ -1,7 +1,7 @@
 """Arms of the memory study: what is trained, how a step of it runs, what stays between steps."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -9,11 +9,13 @@ from torch import nn
 from ff_utils import closed_form, seed
 from ff_utils.closed_form import CLASSES, PIXELS, PRECISIONS, Setting
 from ff_utils.live_bytes import HOST, LiveBytes
+from ff_utils.local_fields import LocalForwardForward
 from ff_utils.networks import ForwardForward, backprop_network
 from ff_utils.recurrent import RecurrentForwardForward, recurrent_step
 from ff_utils.remedies import OPTIMIZERS, Backprop
 from ff_utils.streaming import Slots, StreamedBackprop, StreamedForwardForward
 from ff_utils.training import backprop_step, forward_forward_step
+from ff_utils.unsupervised import softmax_step, unsupervised_step
 
 
 @dataclass
@@ -322,6 +324,42 @@ def _ff_hard_negatives(s: Setting) -> Arm:
     return forward_forward_arm(network, *_rows(s, s.batch // 2), "hard")
 
 
+def _ff_unsupervised(s: Setting) -> Arm:
+    """Images and as many hybrids of them through the layers, then the images to the softmax."""
+    network = _network(ForwardForward, s, label="none")
+    arm = forward_forward_arm(network, *_rows(s, s.batch // 2), "none")
+    images, labels = arm.resident["inputs"]
+    generator = torch.Generator().manual_seed(0)
+
+    def train() -> None:
+        unsupervised_step(network, images, closed_form.IMAGE, 1e-3, generator)
+        softmax_step(network, images, labels, 1e-3)
+
+    rows = max(1, len(images) // 2)
+    return replace(arm, train=train, evaluate=lambda: network.predict(images[:rows], "softmax"))
+
+
+def _ff_local(s: Setting) -> Arm:
+    """Local receptive fields, the label seen everywhere: the layers alone, as `ff_resident`."""
+    fields = closed_form.local_fields(s)
+    kind = {"padded": True, "guesses": False, "optimizer": s.optimizer} | _kind(s)
+    network = LocalForwardForward(closed_form.IMAGE, CLASSES, fields, **kind)
+    images, labels = _rows(s, s.batch)
+    rows = max(1, s.batch // (4 * CLASSES))
+    fixed = {n: b for n, b in network.layers.named_buffers() if n.endswith(("fields", "beyond"))}
+    return Arm(
+        network=network,
+        train=lambda: network.step(network.inputs(images, labels), s.batch // 2, 1e-3),
+        evaluate=lambda: network.predict(images[:rows], rows=rows * CLASSES),
+        resident={
+            "parameters": list(fixed.values()),
+            "optimizer_state": [b for n, b in network.layers.named_buffers() if n not in fixed],
+            "gradients": [network.gradient],
+            "inputs": [images, labels],
+        },
+    )
+
+
 def _ff_seed(s: Setting, cached_rows: int | None = None) -> Arm:
     network = _network(seed.ProgressiveForwardForward, s)
     rows = torch.rand(s.batch, PIXELS + CLASSES, **_kind(s))
@@ -389,6 +427,8 @@ ARMS = {
     "backprop_seed": ArmKind(_backprop_seed, "backprop (seed)"),
     "ff_resident": ArmKind(_ff, "FF, analytic step"),
     "ff_hard_negatives": ArmKind(_ff_hard_negatives, "FF, hard negatives"),
+    "ff_unsupervised": ArmKind(_ff_unsupervised, "FF, unsupervised"),
+    "ff_local": ArmKind(_ff_local, "FF, local fields"),
     "ff_micro_batches": ArmKind(_ff_micro_batches, "FF, micro-batches"),
     "ff_accumulated": ArmKind(_ff_accumulated, "FF, accumulated"),
     "ff_streamed": ArmKind(_ff_streamed, "FF, streamed"),

@@ -11,6 +11,7 @@ from ff_utils.live_bytes import CATEGORIES
 from ff_utils.remedies import OPTIMIZERS, segment_sizes
 
 CLASSES = 10
+IMAGE = (28, 28)
 PIXELS = 784
 MICRO_BATCHES = 8
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -460,6 +461,58 @@ def _ff_hard_negatives(s: Setting) -> Moment:
     return _largest(stays | {"activations": moment} for moment in moments)
 
 
+def _ff_unsupervised(s: Setting) -> Moment:
+    """As resident FF, or the making of hybrids, or the softmax's activities of all layers, for
+    the images, which are half of the rows."""
+    half = replace(s, batch=s.batch // 2)
+    rows = replace(s, batch=s.batch // 2 * 2)
+    softmax = s.element * (CLASSES * s.depth * s.hidden + CLASSES)
+    weights = s.layers() + softmax
+    stays = {
+        "parameters": weights,
+        "optimizer_state": s.state(weights, s.depth + 1),
+        "gradients": s.largest - s.bias,
+        "inputs": half.images + half.labels,
+    }
+    kept = s.depth * half.activation
+    moments = [
+        *_ff_moments(rows),
+        {"activations": 2 * rows.images},
+        {"activations": kept + half.row_vector + half.images},
+        {"activations": kept + half.images + 3 * half.logits + softmax},
+    ]
+    return _largest(stays | moment for moment in moments)
+
+
+GRID = 25  # positions of the local arm's layers
+
+
+def local_fields(s: Setting) -> list[tuple[int, int, int]]:
+    """The local arm's layers, each of `hidden` units, or up to 24 more: on the image 5 x 5 fields
+    of 10 x 10 pixels, 6 apart, and above them 3 x 3 of these 25 positions for each of them."""
+    channels = -(-s.hidden // GRID)
+    return [(10, 6, channels)] + [(3, 1, channels)] * (s.depth - 1)
+
+
+def _ff_local(s: Setting) -> Moment:
+    """As resident FF with fewer weights, what each position sees of the input, and the gradient
+    of a layer's output."""
+    channels = -(-s.hidden // GRID)
+    units = GRID * channels
+    inputs = [PIXELS + CLASSES] + [units] * (s.depth - 1)
+    seen = [GRID * (100 + CLASSES)] + [GRID * 9 * channels] * (s.depth - 1)
+    numbers = sum(n * channels + units for n in seen)
+    weights = s.element * numbers
+    stays = {
+        "parameters": weights + 9 * sum(seen),  # an int64 and a bool for each input of a field
+        "optimizer_state": s.state(weights, s.depth),
+        "gradients": s.element * max(seen) * channels,
+        "inputs": s.images + s.labels,
+    }
+    reads = max(i + n for i, n in zip(inputs, seen, strict=True))
+    return _largest([stays | {"activations": s.row_vector * (reads + 2 * units + 4)}])
+
+
 def _ff_seed(s: Setting, cached_rows: int | None = None) -> Moment:
     """Four copies of the weights, and the data set's activations twice: in and out of a layer."""
     below = s.hidden if s.depth > 1 else PIXELS + CLASSES
@@ -567,6 +620,8 @@ FORMS = {
     "backprop_seed": _backprop_seed,
     "ff_resident": _ff_resident,
     "ff_hard_negatives": _ff_hard_negatives,
+    "ff_unsupervised": _ff_unsupervised,
+    "ff_local": _ff_local,
     "ff_micro_batches": _ff_micro_batches,
     "ff_accumulated": _ff_accumulated,
     "ff_streamed": _ff_streamed,

@@ -201,20 +201,21 @@ def _colour_digits() -> Dataset:
     )
 
 
+ARRAY_PARTS = {
+    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+}
+
+
 class _ArraysOnly(pickle.Unpickler):
     """Reads arrays in plain containers; whatever else a pickle names is refused, not run."""
 
-    ALLOWED = {
-        ("numpy", "dtype"): np.dtype,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-    }
-
     def find_class(self, module: str, name: str) -> object:
         """What a pickle names, if it is part of an array."""
-        if (module, name) not in self.ALLOWED:
+        if (module, name) not in ARRAY_PARTS:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return self.ALLOWED[module, name]
+        return ARRAY_PARTS[module, name]
 
 
 def _cifar10() -> Dataset:

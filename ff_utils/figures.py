@@ -34,6 +34,8 @@ COLOURS = {
     "backprop_seed": PALE_BLUE,
     "ff_resident": ORANGE,
     "ff_hard_negatives": "#8f2f0a",
+    "ff_unsupervised": "#f0703a",
+    "ff_local": "#a8501a",
     "ff_micro_batches": "#e58a1f",
     "ff_accumulated": "#c98a5e",
     "ff_streamed": "#b81f24",
@@ -104,7 +106,7 @@ def _note(figure: Figure, text: str) -> None:
 # --- The algorithm --------------------------------------------------------------------------
 
 
-def images(rows: torch.Tensor, shape: tuple[int, int], titles: Sequence[str]) -> Figure:
+def images(rows: torch.Tensor, shape: tuple[int, ...], titles: Sequence[str]) -> Figure:
     """A strip of grey-scale images (N, pixels)."""
     figure, axes = plt.subplots(1, len(rows), figsize=(1.9 * len(rows), 2.3), squeeze=False)
     for axis, row, title in zip(axes[0], rows, titles, strict=True):
@@ -113,8 +115,11 @@ def images(rows: torch.Tensor, shape: tuple[int, int], titles: Sequence[str]) ->
     return figure
 
 
-def _image(axis: plt.Axes, row: torch.Tensor, shape: tuple[int, int]) -> None:
-    axis.imshow(row.reshape(shape).cpu(), cmap="gray_r", vmin=0, vmax=float(row.max()) or 1)
+def _image(axis: plt.Axes, row: torch.Tensor, shape: tuple[int, ...]) -> None:
+    pixels = row.reshape(shape).cpu()
+    if len(shape) == 3:
+        pixels = pixels.permute(1, 2, 0).clamp(0, 1)
+    axis.imshow(pixels, cmap="gray_r", vmin=0, vmax=float(row.max()) or 1)
     axis.set(xticks=[], yticks=[])
     sns.despine(ax=axis, left=True, bottom=True)
     axis.grid(False)
@@ -159,7 +164,7 @@ def goodness_histograms(
 
 
 def label_goodness(
-    cases: Sequence[tuple[torch.Tensor, torch.Tensor, int]], shape: tuple[int, int], title: str
+    cases: Sequence[tuple[torch.Tensor, torch.Tensor, int]], shape: tuple[int, ...], title: str
 ) -> Figure:
     """For each case (image, goodness of each label, true label): the image beside ten bars."""
     figure, axes = plt.subplots(

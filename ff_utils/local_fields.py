@@ -25,7 +25,7 @@ class LocalFFLayer(FFLayer):
     """As `FFLayer`, but each unit sees some of the inputs: locally connected.
 
     fields: (positions, seen), the numbers of the inputs that the units at each position see;
-        -1 is beyond the edge, where there is nothing to see.
+        -1 is beyond the edge, where there is nothing to see; only if `padded`.
     channels: units at each position.
     Weights (positions, channels, seen); output (rows, positions * channels), position after
     position. A row's numbers lie apart in memory and a batch's side by side, so that a field is
@@ -39,6 +39,7 @@ class LocalFFLayer(FFLayer):
         inputs: int,
         channels: int,
         *,
+        padded: bool = False,
         local_goodness: bool = False,
         **settings: object,
     ) -> None:
@@ -47,7 +48,7 @@ class LocalFFLayer(FFLayer):
         super().__init__(inputs, positions * channels, weight_shape=shape, **settings)
         self.groups = positions if local_goodness else 1
         device = self.weight.device
-        beyond = (fields < 0)[:, None].to(device) if (fields < 0).any() else None
+        beyond = (fields < 0)[:, None].to(device) if padded else None
         fields = fields.clamp(min=0).flatten().to(device)
         self.register_buffer("fields", fields, persistent=False)
         self.register_buffer("beyond", beyond, persistent=False)
@@ -151,7 +152,8 @@ class LocalForwardForward(ForwardForward):
             seen = windows(grid, field, stride, padded, f"layer {number}")
             high, wide, _ = seen.shape
             seen = torch.cat([seen.flatten(0, 1), joined.expand(high * wide, -1)], dim=1)
-            make = partial(LocalFFLayer, seen, inputs, channels, local_goodness=local_goodness)
+            choices = {"padded": padded, "local_goodness": local_goodness}
+            make = partial(LocalFFLayer, seen, inputs, channels, **choices)
             self._plan.append((make, seen.numel() * channels))
             hidden.append(high * wide * channels)
             grid, joined = torch.arange(hidden[-1]).view(high, wide, channels), joined[:0]
@@ -159,7 +161,7 @@ class LocalForwardForward(ForwardForward):
         super().__init__(pixels, classes, hidden, label=label, **settings)
         del self._plan
         self.settings |= {"shape": list(shape), "fields": [list(layer) for layer in fields]}
-        self.settings |= {"padded": padded, "local_goodness": local_goodness}
+        self.settings |= choices
 
     def plan(self, inputs: int) -> list[tuple[Callable[..., FFLayer], int]]:
         """What makes each layer, and how many weights it has."""
@@ -170,9 +172,7 @@ class LocalForwardForward(ForwardForward):
         return pairs.Written(partial(self.inputs, images))
 
 
-def windows(
-    grid: torch.Tensor, field: int, stride: int, padded: bool, where: str
-) -> torch.Tensor:
+def windows(grid: torch.Tensor, field: int, stride: int, padded: bool, where: str) -> torch.Tensor:
     """The numbers in every field on a grid of numbers (height, width, channels): (fields down,
     fields across, field * field * channels), -1 beyond the edges."""
     margin = field // 2 if padded else 0

@@ -144,7 +144,7 @@ def hybrid_images(
     """
     checks.number("images", len(images), 2)
     *_, height, width = shape
-    bits = torch.randint(0, 2, (len(images), height, width), generator=generator)
+    bits = torch.randint(0, 2, (len(images), height, width), dtype=torch.uint8, generator=generator)
     bits = bits.to(images.device, images.dtype)
     down, across = (_blur(size, blurs).to(images) for size in (height, width))
     mask = (down @ bits @ across.t() > 0.5)[:, None]

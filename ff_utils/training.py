@@ -61,7 +61,7 @@ def fit(
     setting out of range or a checkpoint of another run; the last good checkpoint stays.
     """
     _check_training(data, epochs, batch_size, learning_rate, decay)
-    checks.number("jitter", jitter, 0, min(data.shape[:2]) - 1, whole=True)
+    checks.number("jitter", jitter, 0, min(data.shape[-2:]) - 1, whole=True)
     generator = torch.Generator().manual_seed(seed)
     course = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
     course |= {"decay": decay, "jitter": jitter, "seed": seed, "stages": len(stages)}

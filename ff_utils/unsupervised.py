@@ -56,9 +56,12 @@ def unsupervised_step(
     blurs: int = 6,
 ) -> torch.Tensor:
     """One batch of images, and as many hybrids, through all layers; their losses (layers,)."""
-    hybrids = pairs.hybrid_images(images, shape, generator, blurs)
-    h = network.inputs(torch.cat([images, hybrids]), None)
-    return network.step(h, len(images), learning_rate)
+
+    def rows() -> torch.Tensor:
+        return torch.cat([images, pairs.hybrid_images(images, shape, generator, blurs)])
+
+    # The rows have no name here, so that they are freed once the first layer has used them.
+    return network.step(network.inputs(rows(), None), len(images), learning_rate)
 
 
 def softmax_step(

