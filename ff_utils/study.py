@@ -8,14 +8,17 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import nn
 
-from ff_utils import checks, datasets, files, paths, results, training
+from ff_utils import checks, datasets, files, paths, recurrent, results, training, unsupervised
 from ff_utils.datasets import Dataset
+from ff_utils.local_fields import LocalForwardForward
 from ff_utils.networks import ForwardForward, backprop_network
+from ff_utils.recurrent import RecurrentForwardForward
 
 PROFILE = "study"  # its records' folder below data/results/
 NETWORKS = paths.DATA / "networks"
@@ -31,6 +34,7 @@ class Study:
     """
 
     title: str
+    paper: float | None  # test error in Hinton, arXiv 2212.13345
     network: Callable[..., nn.Module]
     train: Callable[..., pd.DataFrame]
     errors: Callable[[nn.Module, Dataset], dict[str, float]]
@@ -43,6 +47,14 @@ def _forward_forward(data: Dataset, seed: int, device: str, **choices: object) -
     return ForwardForward(data.pixels, data.classes, seed=seed, device=device, **choices)
 
 
+def _local(data: Dataset, seed: int, device: str, **choices: object) -> LocalForwardForward:
+    return LocalForwardForward(data.shape, data.classes, seed=seed, device=device, **choices)
+
+
+def _recurrent(data: Dataset, seed: int, device: str, **choices: object) -> nn.Module:
+    return RecurrentForwardForward(data.pixels, data.classes, seed=seed, device=device, **choices)
+
+
 def _backprop(data: Dataset, seed: int, device: str, hidden: list[int]) -> nn.Module:
     return backprop_network(data.pixels, data.classes, hidden, seed=seed, device=device)
 
@@ -50,6 +62,14 @@ def _backprop(data: Dataset, seed: int, device: str, hidden: list[int]) -> nn.Mo
 def _errors(network: ForwardForward, data: Dataset) -> dict[str, float]:
     by_goodness = training.goodness_errors(network, data)[-1]
     return {"softmax": training.softmax_error(network, data), "goodness": by_goodness}
+
+
+def _recurrent_errors(network: RecurrentForwardForward, data: Dataset) -> dict[str, float]:
+    return {by: recurrent.error_by(network, data, by) for by in ("softmax", "goodness")}
+
+
+def _softmax_error(network: ForwardForward, data: Dataset) -> dict[str, float]:
+    return {"softmax": training.softmax_error(network, data)}
 
 
 def _backprop_errors(network: nn.Module, data: Dataset) -> dict[str, float]:
@@ -60,9 +80,11 @@ WIDTHS = [1000, 1000, 1000]
 SUPERVISED = {"hidden": WIDTHS, "label_scale": 4.0, "loss": "pairwise", "scale": 30.0}
 COURSE = {"epochs": 60, "batch_size": 100, "learning_rate": 0.001}
 FF_COURSE = COURSE | {"guess_share": 0.5, "softmax_rate": 0.1}
+FIELDS = [[10, 6, 128], [2, 1, 220], [2, 1, 512]]  # Hinton, section 3.2
 STUDIES = {
     "supervised": Study(
         "supervised, label in the input",
+        0.0136,
         _forward_forward,
         training.train_forward_forward,
         _errors,
@@ -71,14 +93,58 @@ STUDIES = {
     ),
     "jittered": Study(
         "supervised, images shifted by up to two pixels",
+        0.0064,
         _forward_forward,
         training.train_forward_forward,
         _errors,
         choices=SUPERVISED,
         course=FF_COURSE | {"epochs": 100, "jitter": 2},
     ),
+    "unsupervised": Study(
+        "unsupervised, a softmax on frozen layers",
+        0.0137,
+        _forward_forward,
+        unsupervised.train_unsupervised,
+        _softmax_error,
+        choices={"hidden": WIDTHS, "label": "none", "theta": 1.0, "scale": 30.0},
+        course=COURSE,
+    ),
+    "local": Study(
+        "supervised, local receptive fields",
+        0.0116,
+        _local,
+        training.train_forward_forward,
+        _errors,
+        choices={"fields": FIELDS, "label_scale": 2.0, "loss": "pairwise", "scale": 30.0},
+        course=FF_COURSE,
+    ),
+    "recurrent": Study(
+        "recurrent, top-down and bottom-up",
+        0.0131,
+        _recurrent,
+        recurrent.train_recurrent,
+        _recurrent_errors,
+        choices={"hidden": [1000, 1000], "label_scale": 10.0, "loss": "pairwise", "scale": 30.0},
+        course=COURSE,
+    ),
+    "cifar10": Study(
+        "CIFAR-10, local receptive fields",
+        0.41,
+        _local,
+        training.train_forward_forward,
+        _errors,
+        dataset="cifar10",
+        choices={
+            "fields": [[11, 3, 48], [3, 1, 84], [3, 1, 192]],
+            "label_scale": 2.0,
+            "loss": "pairwise",
+            "scale": 30.0,
+        },
+        course=FF_COURSE,
+    ),
     "backprop": Study(
-        "backprop, the same network",
+        "backprop, the supervised network's layers",
+        None,
         _backprop,
         training.train_backprop,
         _backprop_errors,
@@ -140,7 +206,33 @@ def table() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def save_network(network: nn.Module, path: paths.Path) -> None:
+def history(name: str, seed: int = 0) -> pd.DataFrame:
+    """A run's row an epoch, from its record; ValueError where there is none."""
+    _check(name, seed)
+    _refuse_missing(results.record_path(f"{name}-{seed}", PROFILE), name, seed)
+    return pd.DataFrame(results.read(f"{name}-{seed}", PROFILE)["metrics"]["history"])
+
+
+def beside_the_paper(runs: pd.DataFrame) -> pd.DataFrame:
+    """Each study's test error in %, the paper's and ours: mean and spread over seeds, and how far
+    ours has been taken. runs: as `table` gives them."""
+    rows = []
+    for name, study in STUDIES.items():
+        mine = runs[runs.study == name]
+        rows.append(
+            {
+                "system": study.title,
+                "paper (%)": None if study.paper is None else 100 * study.paper,
+                "here (%)": 100 * mine.error.mean(),
+                "±": 100 * mine.error.std(),
+                "seeds": len(mine),
+                "epochs": "-" if mine.empty else str(mine.epochs.max()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def save_network(network: nn.Module, path: Path) -> None:
     """A trained network's weights alone, in 16 bits."""
     state = {
         name: tensor.half().cpu()
@@ -154,14 +246,18 @@ def load_network(name: str, seed: int = 0) -> tuple[nn.Module, Dataset]:
     """The network that a run has kept, and its data; ValueError where it is missing."""
     study = _check(name, seed)
     path = NETWORKS / f"{name}-{seed}.pt"
-    if not path.exists():
-        command = f"python -m ff_utils.study {name} --seed {seed}"
-        raise ValueError(f"{paths.relative(path)} is missing: run `{command}`.")
+    _refuse_missing(path, name, seed)
     device = training.default_device()
     data = datasets.load(study.dataset).to(device)
     network = study.network(data, seed, device, **study.choices)
     network.load_state_dict(torch.load(path, weights_only=True), strict=False)
     return network, data
+
+
+def _refuse_missing(path: Path, name: str, seed: int) -> None:
+    if not path.exists():
+        command = f"python -m ff_utils.study {name} --seed {seed}"
+        raise ValueError(f"{paths.relative(path)} is missing: run `{command}`.")
 
 
 def _check(name: str, seed: int) -> Study:

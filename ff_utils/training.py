@@ -312,7 +312,8 @@ def compare(
     """Train a network for every variant and seed; one row a run.
 
     network: settings of `ForwardForward`; course: of `train_forward_forward`; a variant changes
-    some of either. Columns: variant, what it changes, seed, error, seconds.
+    some of either. Columns: variant, what it changes, seed, error (by softmax), goodness_error
+    (by the goodness of all layers), seconds.
     """
     rows = []
     for (name, changes), seed in progress.track(
@@ -322,9 +323,16 @@ def compare(
         of_course = course | {k: v for k, v in changes.items() if k not in network}
         trial = ForwardForward(data.pixels, data.classes, seed=seed, **of_network)
         kept = train_forward_forward(trial, data, seed=seed, quiet=True, **of_course)
-        found = {"error": kept.error.iloc[-1], "seconds": kept.seconds.sum()}
+        found = {"error": kept.error.iloc[-1], "goodness_error": goodness_errors(trial, data)[-1]}
         rows.append({"variant": name, **changes, "seed": seed, **found})
+        rows[-1]["seconds"] = kept.seconds.sum()
     return pd.DataFrame(rows)
+
+
+def epochs_to(errors: pd.Series, levels: Sequence[float]) -> list[int | None]:
+    """After how many epochs `errors`, one an epoch, first come to each of `levels`; else None."""
+    reached = [(errors <= level).to_numpy().nonzero()[0] for level in levels]
+    return [int(found[0]) + 1 if len(found) else None for found in reached]
 
 
 def softmax_error(network: ForwardForward, data: Dataset, depth: int | None = None) -> float:
