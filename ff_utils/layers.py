@@ -15,6 +15,9 @@ from torch.optim.adam import adam
 from ff_utils import checks
 from ff_utils.pairs import EPSILON, Labelled
 
+# As losses vanish, gradients and Adam's moments come so near to zero that a CPU's arithmetic slows
+# down several times. Such numbers (below 1e-38) are zero here; every thread learns it at its start.
+torch.set_flush_denormal(True)
 NORMALISATIONS = ("length", "mean_square")
 # The names the seed's package gives the same three losses.
 SEED_LOSSES = {

@@ -59,6 +59,13 @@ def _backprop(data: Dataset, seed: int, device: str, hidden: list[int]) -> nn.Mo
     return backprop_network(data.pixels, data.classes, hidden, seed=seed, device=device)
 
 
+def _train(network: ForwardForward, data: Dataset, **course: object) -> pd.DataFrame:
+    def note() -> dict:
+        return {"goodness_error": training.goodness_errors(network, data)[-1]}
+
+    return training.train_forward_forward(network, data, after_epoch=note, **course)
+
+
 def _errors(network: ForwardForward, data: Dataset) -> dict[str, float]:
     by_goodness = training.goodness_errors(network, data)[-1]
     return {"softmax": training.softmax_error(network, data), "goodness": by_goodness}
@@ -86,7 +93,7 @@ STUDIES = {
         "supervised, label in the input",
         0.0136,
         _forward_forward,
-        training.train_forward_forward,
+        _train,
         _errors,
         choices=SUPERVISED,
         course=FF_COURSE,
@@ -95,7 +102,7 @@ STUDIES = {
         "supervised, images shifted by up to two pixels",
         0.0064,
         _forward_forward,
-        training.train_forward_forward,
+        _train,
         _errors,
         choices=SUPERVISED,
         course=FF_COURSE | {"epochs": 100, "jitter": 2},
@@ -113,7 +120,7 @@ STUDIES = {
         "supervised, local receptive fields",
         0.0116,
         _local,
-        training.train_forward_forward,
+        _train,
         _errors,
         choices={"fields": FIELDS, "label_scale": 2.0, "loss": "pairwise", "scale": 30.0},
         course=FF_COURSE,
@@ -131,7 +138,7 @@ STUDIES = {
         "CIFAR-10, local receptive fields",
         0.41,
         _local,
-        training.train_forward_forward,
+        _train,
         _errors,
         dataset="cifar10",
         choices={
