@@ -106,16 +106,16 @@ def _kind(s: Setting) -> dict:
 
 def _rows(s: Setting, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     labels = torch.zeros(rows, dtype=torch.long, device=s.device)
-    return torch.rand(rows, PIXELS, **_kind(s)), labels
+    return torch.rand(rows, s.pixels, **_kind(s)), labels
 
 
 def _network(kind: type[nn.Module], s: Setting, **settings: object) -> nn.Module:
     hidden = [s.hidden] * s.depth
-    return kind(PIXELS, CLASSES, hidden, optimizer=s.optimizer, **_kind(s), **settings)
+    return kind(s.pixels, s.classes, hidden, optimizer=s.optimizer, **_kind(s), **settings)
 
 
 def _backprop(s: Setting) -> Arm:
-    network = backprop_network(PIXELS, CLASSES, [s.hidden] * s.depth, **_kind(s))
+    network = backprop_network(s.pixels, s.classes, [s.hidden] * s.depth, **_kind(s))
     optimizer = OPTIMIZERS[s.optimizer](network.parameters(), lr=1e-3, fused=True)
     return backprop_arm(network, optimizer, *_rows(s, s.batch))
 
@@ -360,6 +360,17 @@ def _ff_local(s: Setting) -> Arm:
     )
 
 
+def _ff_language(s: Setting) -> Arm:
+    """FF as notebook 3 trains it: the same step on text, the next character joined."""
+    s = replace(s, **closed_form.TEXT)
+    network = _network(ForwardForward, s, label="joined")
+    return forward_forward_arm(network, *_rows(s, s.batch // 2), "hard")
+
+
+def _backprop_language(s: Setting) -> Arm:
+    return _backprop(replace(s, **closed_form.TEXT))
+
+
 def _ff_seed(s: Setting, cached_rows: int | None = None) -> Arm:
     network = _network(seed.ProgressiveForwardForward, s)
     rows = torch.rand(s.batch, PIXELS + CLASSES, **_kind(s))
@@ -438,4 +449,6 @@ ARMS = {
     "ff_seed_uncached": ArmKind(_ff_seed_uncached, "FF (seed), no cache"),
     "ff_recurrent": ArmKind(_ff_recurrent, "recurrent FF (seed)"),
     "ff_recurrent_analytic": ArmKind(_ff_recurrent_analytic, "recurrent FF, analytic step"),
+    "ff_language": ArmKind(_ff_language, "FF language model"),
+    "backprop_language": ArmKind(_backprop_language, "backprop language model"),
 }

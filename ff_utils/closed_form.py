@@ -14,6 +14,7 @@ CLASSES = 10
 IMAGE = (28, 28)
 PIXELS = 784
 MICRO_BATCHES = 8
+TEXT = {"pixels": 10 * 30, "classes": 30}  # ten characters of thirty, and the one that follows
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 STREAMED = (
     "backprop_streamed",
@@ -30,6 +31,7 @@ class Setting:
     """The sizes of an arm, and the bytes of the tensors that its step is made of.
 
     store: where streamed arms rest their layers, "memory" or a folder.
+    pixels, classes: of the data, by default MNIST's.
     """
 
     depth: int
@@ -39,6 +41,8 @@ class Setting:
     precision: str = "float32"
     device: str = "cpu"
     store: str = "memory"
+    pixels: int = PIXELS
+    classes: int = CLASSES
 
     def check(self) -> None:
         """Raise ValueError unless every size and name makes sense."""
@@ -66,12 +70,12 @@ class Setting:
     @property
     def logits(self) -> int:
         """One number a row and class."""
-        return self.element * self.batch * CLASSES
+        return self.element * self.batch * self.classes
 
     @property
     def images(self) -> int:
         """The input: batch x pixels."""
-        return self.element * self.batch * PIXELS
+        return self.element * self.batch * self.pixels
 
     @property
     def labels(self) -> int:
@@ -81,11 +85,11 @@ class Setting:
     @property
     def classifier(self) -> int:
         """Weights and biases of the last linear layer."""
-        return self.element * (self.hidden * CLASSES + CLASSES)
+        return self.element * (self.hidden * self.classes + self.classes)
 
     def layer(self, number: int, more_inputs: int = 0) -> int:
         """Weights and biases of hidden layer `number`, from 1."""
-        below = PIXELS + more_inputs if number == 1 else self.hidden
+        below = self.pixels + more_inputs if number == 1 else self.hidden
         return self.element * (below * self.hidden + self.hidden)
 
     def layers(self, first: int = 1, more_inputs: int = 0) -> int:
@@ -437,27 +441,36 @@ def _ff_layerwise(s: Setting) -> Moment:
     return _largest(stays | moment for moment in _ff_moments(s))
 
 
-def _ff_hard_negatives(s: Setting) -> Moment:
-    """As resident FF, or the guess's activities of all layers, for half as many rows."""
+def _ff_hard_negatives(s: Setting, joined: int = 0) -> Moment:
+    """As resident FF, or the guess's activities of all layers, for half as many rows; what the
+    image alone adds to the first layer's output is kept from the guess to that layer's step.
+
+    joined: inputs that the label adds to the image's.
+    """
     half = replace(s, batch=s.batch // 2)
-    softmax = s.element * (CLASSES * s.depth * s.hidden + CLASSES)
-    weights = s.layers() + softmax
+    read = replace(s, pixels=s.pixels + joined)
+    softmax = s.element * (s.classes * s.depth * s.hidden + s.classes)
+    weights = read.layers() + softmax
     stays = {
         "parameters": weights,
         "optimizer_state": s.state(weights, s.depth + 1),
-        "gradients": s.largest - s.bias,
+        "gradients": read.largest - s.bias,
         "inputs": half.images + half.labels,
     }
-    labels = s.labels + half.labels
-    guess = s.depth * half.activation
+    guess = (s.depth + 1) * half.activation + half.row_vector
+    drawing = guess + 3 * half.logits + half.labels + 2 * half.row_vector
+    # Every row's goodness, what the loss makes of it, and its squares; the wrong labels.
+    rows = 6 * s.row_vector + s.bias + half.row_vector + half.labels
     moments = [
-        guess + half.row_vector + (half.images if s.depth == 1 else 0),
-        guess + 4 * half.logits + softmax + half.labels,
-        2 * s.images + 2 * s.logits + labels,
-        s.images + s.activation + 4 * s.row_vector + labels,
+        guess + half.row_vector,
+        drawing + 2 * half.labels + half.batch,
+        drawing + s.classes * half.batch,
+        guess + 2 * half.logits + half.labels + softmax,
+        s.activation + half.activation + rows,
+        s.activation + s.logits + s.labels + rows - s.row_vector,
     ]
     if s.depth > 1:
-        moments.append(2 * s.activation + 4 * s.row_vector + labels)
+        moments.append(2 * s.activation + rows)
     return _largest(stays | {"activations": moment} for moment in moments)
 
 
@@ -511,6 +524,16 @@ def _ff_local(s: Setting) -> Moment:
     }
     reads = max(i + n for i, n in zip(inputs, seen, strict=True))
     return _largest([stays | {"activations": s.row_vector * (reads + 2 * units + 4)}])
+
+
+def _ff_language(s: Setting) -> Moment:
+    """As FF with hard negatives, on text, the label joined."""
+    return _ff_hard_negatives(replace(s, **TEXT), joined=TEXT["classes"])
+
+
+def _backprop_language(s: Setting) -> Moment:
+    """As backprop, on text."""
+    return _backprop(replace(s, **TEXT))
 
 
 def _ff_seed(s: Setting, cached_rows: int | None = None) -> Moment:
@@ -631,4 +654,6 @@ FORMS = {
     "ff_seed_uncached": _ff_seed_uncached,
     "ff_recurrent": _ff_recurrent,
     "ff_recurrent_analytic": _ff_recurrent_analytic,
+    "ff_language": _ff_language,
+    "backprop_language": _backprop_language,
 }

@@ -45,6 +45,8 @@ COLOURS = {
     "ff_seed_uncached": "#dba183",
     "ff_recurrent": "#d8c08c",
     "ff_recurrent_analytic": "#b5761b",
+    "ff_language": "#f2a35e",
+    "backprop_language": "#7fb2d9",
 }
 POSITIVE, NEGATIVE = "#2a8c82", "#a5528f"
 CATEGORY_COLOURS = dict(zip(CATEGORIES, sns.color_palette("colorblind", 6), strict=True))

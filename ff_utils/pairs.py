@@ -9,6 +9,10 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import nn
+
+from ff_utils import checks
+from ff_utils.datasets import Dataset
 
 from ff_utils import checks
 
@@ -107,6 +111,7 @@ class Labelled:
         for block, share in zip(y.split(count), by_row.split(count), strict=True):
             mixed.addcmul_(block, share)
         dw[:, self.image_inputs].addmm_(mixed.t(), self.image, beta=0)
+        del mixed
         codes = y.new_zeros(len(self), self.classes)
         codes.scatter_(1, torch.cat(self.labels)[:, None], self.scale * by_row)
         dw[:, self.code_inputs].addmm_(y.t(), codes, beta=0)
@@ -176,12 +181,53 @@ def hard_negatives(
     probability is set to zero before drawing (Hinton, section 3.3: negatives the network
     finds plausible teach it most).
     """
-    wrong = logits.scatter(1, labels[:, None], -torch.inf).softmax(dim=1)
-    # Drawn by inverting the cumulative distribution: one uniform number a row.
-    draw = torch.rand(len(labels), 1, generator=generator, device=generator.device)
-    cumulative = wrong.cumsum(dim=1)
-    target = draw.to(wrong) * cumulative[:, -1:]
-    drawn = (cumulative <= target).sum(dim=1)
+    return drawn(logits.scatter(1, labels[:, None], -torch.inf).softmax(dim=1), generator)
+
+
+def drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A class for each row of `probabilities` (N, classes), by inverting their cumulative sums:
+    one uniform number a row."""
+    draw = torch.rand(len(probabilities), 1, generator=generator, device=generator.device)
+    cumulative = probabilities.cumsum(dim=1)
+    target = draw.to(probabilities) * cumulative[:, -1:]
+    found = (cumulative <= target).sum(dim=1)
     # A draw that rounds onto a boundary must not land on a class of probability zero.
-    landed = wrong.gather(1, drawn.clamp(max=logits.shape[1] - 1)[:, None])[:, 0] > 0
-    return torch.where(landed, drawn, wrong.argmax(dim=1))
+    last = probabilities.shape[1] - 1
+    landed = probabilities.gather(1, found.clamp(max=last)[:, None])[:, 0] > 0
+    return torch.where(landed, found, probabilities.argmax(dim=1))
+
+
+class Rollouts(nn.Module):
+    """Text that a network writes by itself, a stream for each row of a batch: negatives for it.
+
+    Hinton lets his network write from a real beginning and takes what it wrote as negative data,
+    in a phase of its own ("sleep"). Here each training step lets every stream write one
+    character, so that the network as it is now is the author and one more forward pass all the
+    cost; a stream of `length` characters begins anew with a real window. A negative row is a
+    stream's window and the character that follows. The streams are buffers, saved in checkpoints.
+    """
+
+    def __init__(self, data: Dataset, streams: int, length: int) -> None:
+        super().__init__()
+        checks.number("rollout_length", length, 1, whole=True)
+        if data.shape[-1] != data.classes:
+            raise ValueError(f"negatives is 'rollout' and {data.name} is no text: give 'hard'.")
+        self.length, self.classes = length, data.classes
+        first = data.train_images[:streams]
+        self.register_buffer("windows", first.clone())
+        # Ages are spread, so that a few streams begin anew in each step, not all in one.
+        self.register_buffer("ages", torch.arange(streams, device=first.device) % length)
+
+    def write(
+        self, guess: Callable, images: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Windows (rows, pixels) of as many streams as there are `images`, and what `guess`
+        (windows -> logits) lets follow (rows,); `images` are the windows to begin anew with."""
+        windows, ages = self.windows[: len(images)], self.ages[: len(images)]
+        old = ages >= self.length
+        before = torch.where(old[:, None], images, windows)
+        after = drawn(guess(before).softmax(dim=1), generator)
+        ages.add_(1).masked_fill_(old, 1)
+        windows[:, : -self.classes] = before[:, self.classes :]
+        windows[:, -self.classes :] = nn.functional.one_hot(after, self.classes)
+        return before, after

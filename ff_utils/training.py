@@ -152,6 +152,7 @@ def train_forward_forward(
     negatives: str = "hard",
     guess_share: float = 1.0,
     softmax_rate: float = 1.0,
+    rollout_length: int = 90,
     after_epoch: Callable[[], dict] = dict,
     **course: object,
 ) -> pd.DataFrame:
@@ -160,7 +161,9 @@ def train_forward_forward(
     schedule: "joint" updates every layer on every batch (Hinton); "layerwise" trains each
         layer for `epochs` epochs before the next (the seed), recomputing its input from the
         layers below, so that no layer's activations of the data set are ever kept.
-    negatives: "random" wrong labels, or "hard" ones drawn from the softmax's own guesses.
+    negatives: "random" wrong labels, or "hard" ones drawn from the softmax's own guesses; for
+        text also "rollout", whole rows of what the network writes by itself, `rollout_length`
+        characters at a stretch.
     guess_share: share of the batches for which the softmax guesses and learns. For the others,
         whose forward pass with a neutral label is saved, hard negatives are drawn from what it
         has lately guessed for images of the same class.
@@ -173,7 +176,7 @@ def train_forward_forward(
     Raises FloatingPointError where a loss stops being finite or a layer falls silent.
     """
     checks.one_of("schedule", schedule, SCHEDULES)
-    checks.one_of("negatives", negatives, pairs.NEGATIVES)
+    checks.one_of("negatives", negatives, (*pairs.NEGATIVES, "rollout"))
     checks.number("guess_share", guess_share, 0, 1, above=True)
     checks.number("softmax_rate", softmax_rate, 0, 1, above=True)
     if network.softmax is None:
@@ -185,10 +188,15 @@ def train_forward_forward(
     if schedule == "layerwise" and network.softmax.unread:
         raise ValueError("schedule is 'layerwise', whose softmax reads layer 1: give first_read=1.")
 
+    kind, streams = negatives, []
+    if negatives == "rollout":
+        kind = pairs.Rollouts(data, course["batch_size"], rollout_length)
+        streams = [kind]
+
     def step(stage: int | None, *batch: object) -> dict[str, torch.Tensor]:
         *_, generator = batch
         guess = guess_share == 1 or float(torch.rand((), generator=generator)) < guess_share
-        return forward_forward_step(network, stage, *batch, negatives, guess, softmax_rate)
+        return forward_forward_step(network, stage, *batch, kind, guess, softmax_rate)
 
     def measure(stage: int | None, epoch: int) -> dict:
         depth = len(network.layers) if stage is None else stage + 1
@@ -199,7 +207,10 @@ def train_forward_forward(
     stages = [None] if schedule == "joint" else list(range(len(network.layers)))
     about = {"negatives": negatives, "guess_share": guess_share, "softmax_rate": softmax_rate}
     about |= {"network": network.settings}
-    return fit(network, data, step, measure, stages=stages, about=about, **course)
+    if streams:
+        about["rollout_length"] = rollout_length
+    kept = {"optimizers": streams, "about": about}
+    return fit(network, data, step, measure, stages=stages, **kept, **course)
 
 
 def forward_forward_step(
@@ -209,14 +220,15 @@ def forward_forward_step(
     labels: torch.Tensor,
     learning_rate: float,
     generator: torch.Generator,
-    negatives: str = "hard",
+    negatives: str | pairs.Rollouts = "hard",
     guess: bool = True,
     softmax_rate: float = 1.0,
 ) -> dict[str, torch.Tensor]:
     """One batch through the softmax and the layers; returns their losses by name.
 
-    stage: the one layer to train, from 0; None for all of them. guess: whether the softmax
-    does, at its own rate; see `train_forward_forward`.
+    stage: the one layer to train, from 0; None for all of them. negatives: "random", "hard", or
+    the network's own rollouts. guess: whether the softmax does, at its own rate; see
+    `train_forward_forward`.
     """
     depth = len(network.layers) if stage is None else stage + 1
     rows, softmax, found = network.labelled(images), network.softmax, {}
@@ -228,11 +240,16 @@ def forward_forward_step(
         del neutral
     else:
         logits = softmax.confusion.log()[labels]
-    if negatives == "hard":
-        wrong = pairs.hard_negatives(logits, labels, generator)
+    if isinstance(negatives, pairs.Rollouts):
+        windows, written = negatives.write(network.guess, images, generator)
+        h = network.inputs(torch.cat([images, windows]), torch.cat([labels, written]))
+    elif negatives == "hard":
+        h = rows.with_labels(labels, pairs.hard_negatives(logits, labels, generator))
     else:
         wrong = pairs.random_negatives(labels, network.classes, generator)
-    h, trained = rows.with_labels(labels, wrong), range(depth)
+        h = rows.with_labels(labels, wrong)
+    del logits
+    trained = range(depth)
     if stage is None:
         losses = network.step(h, len(labels), learning_rate)
     else:
@@ -355,11 +372,17 @@ def goodness_errors(network: ForwardForward, data: Dataset) -> list[float]:
     return (wrong / len(data.test_labels)).tolist()
 
 
-def train_backprop(network: nn.Module, data: Dataset, **course: object) -> pd.DataFrame:
+def train_backprop(
+    network: nn.Module,
+    data: Dataset,
+    *,
+    after_epoch: Callable[[], dict] = dict,
+    **course: object,
+) -> pd.DataFrame:
     """Train a classifier by backpropagation of the cross-entropy, with Adam.
 
     Gradients are freed right after each optimizer step. course: as in `fit`. Columns as in
-    `train_forward_forward`: epoch, loss, error, seconds.
+    `train_forward_forward`: epoch, loss, error, seconds, and what `after_epoch` gives.
     """
     optimizer = torch.optim.Adam(network.parameters(), fused=True)
 
@@ -368,7 +391,7 @@ def train_backprop(network: nn.Module, data: Dataset, **course: object) -> pd.Da
         return {"loss": backprop_step(network, optimizer, images, labels)}
 
     def measure(*_: object) -> dict:
-        return {"error": classifier_error(network, data)}
+        return {"error": classifier_error(network, data), **after_epoch()}
 
     return fit(network, data, step, measure, optimizers=[optimizer], **course)
 
