@@ -1,6 +1,7 @@
 """Characters as classes: the next-character task, its n-gram baseline, perplexity, samples.
 
-Hinton, arXiv 2212.13345, section 3.4: 30 symbols, the next character from the ten before it.
+Hinton, arXiv 2212.13345, section 3.4: 30 symbols, the next character from the ten before it;
+negatives that end in the network's own guess, or that it wrote by itself (`pairs.Rollouts`).
 """
 
 import hashlib
@@ -8,16 +9,21 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import nn
 
-from ff_utils import checks, paths
+from ff_utils import checks, networks, paths, training
 from ff_utils.datasets import Dataset
 
 SYMBOLS = "abcdefghijklmnopqrstuvwxyz ,;."
 FABLES = paths.DATA / "fables.txt"
+METHODS = ("hard", "rollout", "random", "backprop")
+Guess = Callable[[torch.Tensor], torch.Tensor]  # windows (rows, window * 30) -> logits (rows, 30)
 
 
 def clean(text: str) -> str:
@@ -63,6 +69,33 @@ def load_text(path: str = "", window: int = 10, held_out: float = 0.1) -> Datase
     )
 
 
+def validation_part(data: Dataset, part: float = 1 / 9) -> Dataset:
+    """The last `part` of the training text in the test text's place; no window crosses into it.
+
+    A random choice of windows would not do: nine of a window's characters are its neighbour's.
+    """
+    checks.number("part", part, 0, 0.5, above=True)
+    size, window = round(part * len(data.train_labels)), data.shape[0]
+    if not 0 < size < len(data.train_labels) - window:
+        raise ValueError(
+            f"{data.name} has {len(data.train_labels)} windows to train on: too few to hold "
+            f"{part:.2g} of them out; give more text."
+        )
+    return replace(
+        data,
+        train_images=data.train_images[: -size - window],
+        train_labels=data.train_labels[: -size - window],
+        test_images=data.train_images[-size:],
+        test_labels=data.train_labels[-size:],
+    )
+
+
+def text_of(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Positions in SYMBOLS (length,) of the text that windows (N, window * 30) and labels cover."""
+    first = images[0].reshape(-1, len(SYMBOLS)).argmax(1)
+    return torch.cat([first, labels])
+
+
 def encode(text: str) -> torch.Tensor:
     """Positions in SYMBOLS (length,) of a clean text."""
     return torch.tensor([SYMBOLS.index(character) for character in text])
@@ -82,6 +115,13 @@ def windows(codes: torch.Tensor, window: int) -> torch.Tensor:
 def perplexity(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """exp of the mean cross-entropy of the true next characters: 30 is a blind guess."""
     return math.exp(float(nn.functional.cross_entropy(logits, labels)))
+
+
+def score(guess: Guess, data: Dataset) -> dict[str, float]:
+    """Perplexity and error of `guess` on `data`'s test text."""
+    logits = torch.cat([guess(images) for images, _ in training.test_batches(data)])
+    wrong = (logits.argmax(1) != data.test_labels).float().mean()
+    return {"perplexity": perplexity(logits, data.test_labels), "error": float(wrong)}
 
 
 class NGram:
@@ -124,7 +164,7 @@ class NGram:
 
 
 def generate(
-    guess: Callable[[torch.Tensor], torch.Tensor],
+    guess: Guess,
     start: str,
     length: int,
     window: int,
@@ -141,15 +181,80 @@ def generate(
     return decode(codes[-length:])
 
 
-def diary(
-    guess: Callable[[torch.Tensor], torch.Tensor], data: Dataset, start: str
-) -> Callable[[], dict]:
-    """A function to call after each epoch: held-out perplexity, and forty characters that
-    `guess` writes after `start`."""
+def diary(guess: Guess, data: Dataset, start: str) -> Callable[[], dict]:
+    """A function to call after each epoch: perplexity on `data`'s test text, and forty characters
+    that `guess` writes after `start`."""
 
     def write() -> dict:
-        found = perplexity(guess(data.test_images), data.test_labels)
         sample = generate(guess, start, 40, data.shape[0], device=data.test_images.device)
-        return {"perplexity": found, "sample": sample}
+        return {"perplexity": score(guess, data)["perplexity"], "sample": sample}
 
     return write
+
+
+def train(
+    method: str,
+    data: Dataset,
+    hidden: list[int],
+    *,
+    choices: dict | None = None,
+    seed: int = 0,
+    start: str = "the fox said ",
+    **course: object,
+) -> tuple[Guess, pd.DataFrame]:
+    """A network that has learned what comes next: its guess, and its history, a row an epoch,
+    with perplexity and error on `data`'s test text and what it writes after `start`.
+
+    method: "backprop", or the negatives that FF learns from: "hard", "rollout" or "random".
+    choices: of `ForwardForward`; course: of `training.fit`.
+    """
+    checks.one_of("method", method, METHODS)
+    given = {"seed": seed, "device": data.train_images.device}
+    if method == "backprop":
+        network = networks.backprop_network(data.pixels, data.classes, hidden, **given)
+        guess = torch.no_grad()(network.forward)
+        note = diary(guess, data, start)
+        history = training.train_backprop(network, data, after_epoch=note, seed=seed, **course)
+        return guess, history
+    given |= {"label": "joined", **(choices or {})}
+    network = networks.ForwardForward(data.pixels, data.classes, hidden, **given)
+    history = training.train_forward_forward(
+        network,
+        data,
+        negatives=method,
+        after_epoch=diary(network.guess, data, start),
+        seed=seed,
+        **course,
+    )
+    return network.guess, history
+
+
+def choose(
+    method: str,
+    data: Dataset,
+    hidden: list[int],
+    rates: list[float],
+    epochs: list[int],
+    *,
+    checkpoints: str = "",
+    **settings: object,
+) -> tuple[Guess, pd.DataFrame, pd.DataFrame]:
+    """Train at every learning rate, for every number of epochs: guess and history of the network
+    that ends with the lowest perplexity on `data`'s test text, which must be a validation part.
+
+    checkpoints: a folder in which each run saves itself and goes on; empty for none.
+    settings: as in `train`. The third thing returned is a table, a row a run: method,
+    learning_rate, epochs, perplexity, error.
+    """
+    best, rows = None, []
+    for count, rate in product(epochs, rates):
+        name = f"language-{method}-{count}-{rate:g}.pt"
+        place = Path(checkpoints) / name if checkpoints else None
+        course = {"epochs": count, "learning_rate": rate, "checkpoint": place}
+        guess, history = train(method, data, hidden, **course, **settings)
+        end = history.iloc[-1]
+        row = {"method": method, "learning_rate": rate, "epochs": count}
+        rows.append(row | {"perplexity": end.perplexity, "error": end.error})
+        if best is None or end.perplexity < best[1].perplexity.iloc[-1]:
+            best = guess, history
+    return *best, pd.DataFrame(rows)
