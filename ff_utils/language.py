@@ -242,14 +242,15 @@ def choose(
     """Train at every learning rate, for every number of epochs: guess and history of the network
     that ends with the lowest perplexity on `data`'s test text, which must be a validation part.
 
-    checkpoints: a folder in which each run saves itself and goes on; empty for none.
+    checkpoints: a folder below the repository's in which each run saves itself and goes on; empty
+        for none.
     settings: as in `train`. The third thing returned is a table, a row a run: method,
     learning_rate, epochs, perplexity, error.
     """
     best, rows = None, []
     for count, rate in product(epochs, rates):
         name = f"language-{method}-{count}-{rate:g}.pt"
-        place = Path(checkpoints) / name if checkpoints else None
+        place = paths.ROOT / checkpoints / name if checkpoints else None
         course = {"epochs": count, "learning_rate": rate, "checkpoint": place}
         guess, history = train(method, data, hidden, **course, **settings)
         end = history.iloc[-1]
