@@ -450,22 +450,20 @@ def _ff_hard_negatives(s: Setting, joined: int = 0) -> Moment:
     half = replace(s, batch=s.batch // 2)
     read = replace(s, pixels=s.pixels + joined)
     softmax = s.element * (s.classes * s.depth * s.hidden + s.classes)
+    confusion = s.element * s.classes**2
     weights = read.layers() + softmax
     stays = {
         "parameters": weights,
-        "optimizer_state": s.state(weights, s.depth + 1),
+        "optimizer_state": s.state(weights, s.depth + 1) + confusion,
         "gradients": read.largest - s.bias,
         "inputs": half.images + half.labels,
     }
     guess = (s.depth + 1) * half.activation + half.row_vector
-    drawing = guess + 3 * half.logits + half.labels + 2 * half.row_vector
     # Every row's goodness, what the loss makes of it, and its squares; the wrong labels.
     rows = 6 * s.row_vector + s.bias + half.row_vector + half.labels
     moments = [
         guess + half.row_vector,
-        drawing + 2 * half.labels + half.batch,
-        drawing + s.classes * half.batch,
-        guess + 2 * half.logits + half.labels + softmax,
+        guess + 2 * half.logits + max(softmax, half.labels + half.row_vector),
         s.activation + half.activation + rows,
         s.activation + s.logits + s.labels + rows - s.row_vector,
     ]

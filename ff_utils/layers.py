@@ -367,6 +367,6 @@ class LocalSoftmax(nn.Module):
         """Keep what is guessed for each true class, as a running mean: `confusion` (true, said)."""
         guesses = logits.softmax(dim=1)
         sums = torch.zeros_like(self.confusion).index_add_(0, labels, guesses)
-        counts = labels.bincount(minlength=len(sums))[:, None]
+        counts = sums.sum(dim=1, keepdim=True)  # each guess adds up to one
         mean = torch.where(counts > 0, sums / counts, self.confusion)
         self.confusion.lerp_(mean, 0.1)

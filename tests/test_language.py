@@ -143,10 +143,10 @@ def test_a_rollout_step_is_the_networks_own_step_on_real_and_written_rows(saying
     rollouts, twin = (pairs.Rollouts(saying, 8, 5) for _ in range(2))
     draws = [torch.Generator().manual_seed(1) for _ in range(2)]
     for _ in range(3):
-        windows, written = twin.write(other.guess, images, draws[1])
         found = training.forward_forward_step(one, None, images, labels, 0.01, draws[0], rollouts)
         neutral = other(other.inputs(images, None))
         other.softmax.step(neutral, other.softmax(neutral), labels, 0.01)
+        windows, written = twin.write(other.guess, images, draws[1])
         rows = other.inputs(torch.cat([images, windows]), torch.cat([labels, written]))
         losses = other.step(rows, 8, 0.01)
         assert torch.allclose(losses, torch.stack([found["loss_1"], found["loss_2"]]), atol=1e-5)
