@@ -14,8 +14,6 @@ from torch import nn
 from ff_utils import checks
 from ff_utils.datasets import Dataset
 
-from ff_utils import checks
-
 EPSILON = 1e-8  # keeps a row of zeros from being divided by zero
 LABELS = ("joined", "pixels", "none")
 NEGATIVES = ("random", "hard")
