@@ -186,7 +186,7 @@ def _backprop_seed(s: Setting) -> Arm:
     """Backprop as the seed has it: normalisation layers, old gradients kept in the forward."""
     hidden = [s.hidden] * s.depth
     network = backprop_network(PIXELS, CLASSES, hidden, normalised=True, **_kind(s))
-    optimizer = OPTIMIZERS[s.optimizer](network.parameters(), lr=1e-3)
+    optimizer = OPTIMIZERS[s.optimizer](network.parameters(), lr=1e-3, foreach=False)
     images, labels = _rows(s, s.batch)
 
     def train() -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pooch
 import torch
 
 from ff_utils import checks, paths
@@ -155,6 +154,12 @@ def load(
         return digits.subset(*(s and min(s, n) for s, n in zip(sizes, limits, strict=True)))
 
 
+def at_hand(name: str) -> bool:
+    """Whether the files of MNIST or Fashion-MNIST are on disk, so that nothing is downloaded."""
+    folders = paths.data_folders(name)
+    return all(any((f / file).exists() for f in folders) for file in IDX_FILES.values())
+
+
 def _digits(fallback: str = "") -> Dataset:
     """scikit-learn's 1,797 8x8 digits; a fixed shuffle, the last 360 are the test set."""
     from sklearn.datasets import load_digits
@@ -290,11 +295,19 @@ def _find(dataset: str, file_name: str, checksum: str) -> Path:
 
 def _matches(path: Path, checksum: str) -> bool:
     algorithm, expected = checksum.split(":")
-    return pooch.file_hash(str(path), alg=algorithm) == expected
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest() == expected
 
 
 def _download(dataset: str, file_name: str, checksum: str, folder: Path) -> Path:
     damaged = (folder / file_name).exists()
+    try:
+        import pooch
+    except ModuleNotFoundError as error:
+        raise DataNotFoundError(
+            f"{file_name} is not at hand, and pooch, which would fetch it, is not installed: set "
+            "FF_DATA_DIR to a folder that holds the file, or choose dataset=digits."
+        ) from error
     failures = []
     for mirror in MIRRORS[dataset]:
         try:

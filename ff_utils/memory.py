@@ -24,7 +24,6 @@ from pathlib import Path
 from statistics import median
 
 import pandas as pd
-import psutil
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -146,8 +145,12 @@ def time_steps(
     s = Setting(depth, hidden, batch, device=device)
     for arm in arms:
         _check(arm, s, "tracked")
-    need = sum(closed_form.peak(arm, s) + closed_form.host_in_memory(arm, s) for arm in arms)
-    _refuse_beyond(need, psutil.virtual_memory().available, "all arms together need")
+    if device == "cuda":
+        need, free = sum(closed_form.peak(arm, s) for arm in arms), torch.cuda.mem_get_info()[0]
+    else:
+        need = sum(closed_form.peak(arm, s) + closed_form.host_in_memory(arm, s) for arm in arms)
+        free = free_memory()
+    _refuse_beyond(need, free, "all arms together need")
     with ExitStack() as folders:
         steps, moved, seconds = {}, {}, {arm: [] for arm in arms}
         for name in arms:
@@ -159,12 +162,12 @@ def time_steps(
             before = arm.moved()
             steps[name]()
             moved[name] = arm.moved() - before
+            wait_for(device)
         for _ in progress.track(range(repeats), "round"):
             for name in arms:
                 start = time.perf_counter()
                 steps[name]()
-                if device == "cuda":
-                    torch.cuda.synchronize()
+                wait_for(device)
                 seconds[name].append(time.perf_counter() - start)
         steps.clear()
     rows = []
@@ -225,13 +228,28 @@ def _refuse_what_does_not_fit(arm: str, s: Setting, instrument: str) -> None:
     device, host = closed_form.peak(arm, s), closed_form.host(arm, s)
     if instrument == "cuda":
         _refuse_beyond(device, torch.cuda.mem_get_info()[0], f"{arm} needs on the device")
-        _refuse_beyond(host, psutil.virtual_memory().available, f"{arm} needs on the host")
+        _refuse_beyond(host, free_memory(), f"{arm} needs on the host")
         return
     in_memory = closed_form.host_in_memory(arm, s) if instrument == "rss" else host
-    _refuse_beyond(device + in_memory, psutil.virtual_memory().available, f"{arm} needs")
+    _refuse_beyond(device + in_memory, free_memory(), f"{arm} needs")
     in_files = host - in_memory
     folder = tempfile.gettempdir()
     _refuse_beyond(in_files, shutil.disk_usage(folder).free, f"{arm} needs in temporary files")
+
+
+def free_memory() -> int:
+    """Bytes of the host's memory that can be had."""
+    if Path("/proc/meminfo").exists():
+        return proc_bytes("MemAvailable", "/proc/meminfo")
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def wait_for(device: str) -> None:
+    """Return once everything that `device` was asked to do is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _refuse_beyond(need: int, free: int, what: str) -> None:
@@ -329,7 +347,7 @@ def _peak_bytes(cuda: bool) -> int:
     if cuda:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    if (found := _proc_status("VmHWM")) is not None:
+    if (found := proc_bytes("VmHWM")) is not None:
         return found
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
@@ -337,13 +355,13 @@ def _peak_bytes(cuda: bool) -> int:
 
 def _resident_bytes() -> int:
     """Resident memory now; where only its peak is told, the peak so far."""
-    return _proc_status("VmRSS") or _peak_bytes(cuda=False)
+    return proc_bytes("VmRSS") or _peak_bytes(cuda=False)
 
 
-def _proc_status(key: str) -> int | None:
-    """A size from Linux's /proc/self/status in bytes. It counts this process alone, where
+def proc_bytes(key: str, path: str = "/proc/self/status") -> int | None:
+    """A size that Linux tells, in bytes. /proc/self/status counts this process alone, where
     getrusage's peak is inherited from whoever started it."""
-    status = Path("/proc/self/status")
+    status = Path(path)
     if not status.exists():
         return None
     for line in status.read_text().splitlines():

@@ -5,10 +5,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from IPython import get_ipython
-from IPython.display import clear_output
-from tqdm.auto import tqdm
-
 
 def track(items: Sequence, what: str = "epoch", done: int = 0, total: int = 0) -> Iterator:
     """Iterate over `items`, telling how many of `total` are done and how long the rest takes.
@@ -18,7 +14,9 @@ def track(items: Sequence, what: str = "epoch", done: int = 0, total: int = 0) -
     """
     total = total or len(items)
     plain = os.environ.get("FF_PROGRESS") == "plain"
-    if not plain and (get_ipython() is not None or sys.stderr.isatty()):
+    if not plain and (_in_notebook() or sys.stderr.isatty()):
+        from tqdm.auto import tqdm
+
         yield from tqdm(items, desc=what, leave=False)
         return
     start = time.perf_counter()
@@ -27,6 +25,14 @@ def track(items: Sequence, what: str = "epoch", done: int = 0, total: int = 0) -
         spent = time.perf_counter() - start
         left = spent / number * (total - done - number)
         ending = f"about {left:.0f} s left" if left else f"{spent:.0f} s"
-        if get_ipython() is not None:
+        if _in_notebook():
+            from IPython.display import clear_output
+
             clear_output(wait=True)
         print(f"{what} {done + number} of {total}, {ending}", flush=True)
+
+
+def _in_notebook() -> bool:
+    """Whether IPython runs this. Elsewhere it need not even be installed."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and ipython.get_ipython() is not None

@@ -114,7 +114,7 @@ def provenance() -> dict:
     """Where a number comes from: code, versions, device, threads."""
     cuda = torch.cuda.is_available()
     return {
-        "commit": _git_commit(),
+        "commit": git_commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
         "system": platform.system(),
@@ -125,7 +125,7 @@ def provenance() -> dict:
     }
 
 
-def _git_commit() -> str:
+def git_commit() -> str:
     """Commit of the checkout, with a plus where files differ from it; "unknown" without git."""
 
     def git(*arguments: str) -> str:

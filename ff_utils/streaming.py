@@ -19,7 +19,7 @@ from ff_utils.layers import FFLayer
 from ff_utils.live_bytes import HOST, counted_as
 from ff_utils.networks import ForwardForward
 
-ALIGNMENT = 16  # elements between tensors of one slot, so that kernels see what they always do
+ALIGNMENT = 64  # elements: tensors in a slot start where libraries take their fastest kernels
 WEIGHTS = ("weight", "bias")
 MOMENTS = tuple(f"{name}_{which}_moment" for name in WEIGHTS for which in ("first", "second"))
 
@@ -110,7 +110,8 @@ class Slots:
     Adam's moments. Layer k uses weights slot k modulo their number.
 
     On a GPU, copies run on streams of their own: the next layer's weights arrive, and the last
-    one's leave, while this one computes; its moments arrive while its gradient is computed.
+    one's leave, while this one computes; its moments arrive while its gradient is computed. A slot
+    is filled once `free` has come, which tells that what was in it is whole on the host.
     """
 
     def __init__(
@@ -119,15 +120,16 @@ class Slots:
         depth = len(widths) - 1
         shapes = [(widths[k + 1] * widths[k], widths[k + 1]) for k in range(depth)]
         room = max(sum(map(_aligned, shape)) for shape in shapes)
-        self.store, self.ahead, self.layers = store, ahead, {}
+        self.store, self.layers = store, {}
         self.weights = [like.new_zeros(room) for _ in range(min(1 + ahead, depth))]
         self.moments, self.steps = like.new_empty(0), None
         self.room, self.depth = room, depth
         self._moments_arrived = None
-        self.cuda = like.device.type == "cuda"
+        self.cuda = getattr(store, "pinned", False)  # a GPU copies from pinned memory on its own
         if self.cuda:
             self.inward, self.outward = (torch.cuda.Stream(like.device) for _ in range(2))
             self.free: dict[int | str, torch.cuda.Event] = {}
+            self._outlive_copies(*self.weights)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -141,6 +143,7 @@ class Slots:
             names["moments"] = MOMENTS
             if self.steps is None:
                 self.moments = self.weights[0].new_zeros(2 * self.room)
+                self._outlive_copies(self.moments)
                 kind = {"device": self.moments.device, "dtype": torch.float32}
                 self.steps = torch.zeros(2 * self.depth, **kind)
         for piece, parts in names.items():
@@ -169,16 +172,16 @@ class Slots:
     ) -> Iterator[FFLayer]:
         """Fetch the layers of these numbers in turn; write each back if it was to be trained."""
         numbers = list(numbers)
-        ahead = self.ahead and len(self.weights) > 1
         arrived = {}
         for position, number in enumerate(numbers):
-            if position == 0 or not ahead:
+            if number not in arrived:
                 arrived[number] = self._fetch(number, "weights")
-            if ahead and position + 1 < len(numbers):
-                following = numbers[position + 1]
-                arrived[following] = self._fetch(following, "weights")
+            # Moments first: they are waited for sooner than the next layer's weights.
             if update and self.steps is not None:
                 self._moments_arrived = self._fetch(number, "moments")
+            for following in numbers[position + 1 : position + 2]:
+                if self._slot(following, "weights") != self._slot(number, "weights"):
+                    arrived[following] = self._fetch(following, "weights")
             self._await(arrived.pop(number))
             yield layers[number]
             self._leave(number, update)
@@ -206,16 +209,25 @@ class Slots:
         self._await(self._moments_arrived)
 
     def _leave(self, number: int, update: bool) -> None:
+        pieces = ["moments"] * (update and self.steps is not None) + ["weights"]
         if self.cuda:
-            done = torch.cuda.current_stream().record_event()
-            self.outward.wait_event(done)
-        pieces = ["weights"] + ["moments"] * (self.steps is not None) if update else []
+            if update:
+                self._await_moments()
+            self.outward.wait_event(torch.cuda.current_stream().record_event())
         with torch.cuda.stream(self.outward) if self.cuda else nullcontext():
             for piece in pieces:
-                self.store.write(f"{number}.{piece}", self.layers[number, piece])
-            if self.cuda:
-                for piece in pieces or ["weights"]:
+                if update:
+                    self.store.write(f"{number}.{piece}", self.layers[number, piece])
+                if self.cuda:
                     self.free[self._slot(number, piece)] = self.outward.record_event()
+
+    def _outlive_copies(self, *slots: torch.Tensor) -> None:
+        """Given up in the middle of a step, a slot's memory is not used again before its copies
+        are done."""
+        if self.cuda:
+            for slot in slots:
+                slot.record_stream(self.inward)
+                slot.record_stream(self.outward)
 
 
 def _aligned(count: int) -> int:

@@ -102,7 +102,7 @@ def test_an_altered_download_is_refused(fake_mnist, monkeypatch):
         with open(output_file, "wb") as file:  # noqa: PTH123
             file.write(b"something else")
 
-    monkeypatch.setattr(datasets.pooch, "HTTPDownloader", lambda **_: altered)
+    monkeypatch.setattr(pooch, "HTTPDownloader", lambda **_: altered)
     with pytest.raises(datasets.DataNotFoundError, match="altered or cut short"):
         datasets.load("mnist")
     assert not path.exists()

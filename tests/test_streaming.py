@@ -1,9 +1,12 @@
+import random
+from contextlib import contextmanager
+
 import pytest
 import torch
 
-from ff_utils import datasets, training
+from ff_utils import datasets, streaming, training
 from ff_utils.networks import ForwardForward, backprop_network
-from ff_utils.streaming import StreamedBackprop, StreamedForwardForward
+from ff_utils.streaming import Slots, StreamedBackprop, StreamedForwardForward
 
 HIDDEN = [24, 16, 24, 24]
 SETTINGS = {"label_scale": 4.0, "theta": 1.0, "scale": 30.0, "seed": 5}
@@ -174,3 +177,79 @@ def test_a_streamed_network_is_not_moved_and_reads_only_what_it_knows(digits):
         streamed.to(torch.float64)
     with pytest.raises(ValueError, match="ahead is 2; give a whole number"):
         StreamedForwardForward(20, 4, [5], ahead=2)
+
+
+class Stream:
+    """Work in order, done when `hurries` says so or else as late as events allow."""
+
+    def __init__(self, hurries):
+        self.work, self.done, self.hurries = [], 0, hurries
+
+    def submit(self, job):
+        self.work.append(job)
+        if self.hurries():
+            self.run_until(len(self.work))
+
+    def run_until(self, count):
+        while self.done < count:
+            self.done += 1
+            self.work[self.done - 1]()
+
+    def record_event(self):
+        return self, len(self.work)
+
+    def wait_event(self, event):
+        stream, count = event
+        self.submit(lambda: stream.run_until(count))
+
+
+@pytest.fixture(params=["late", "early in", "early out", "now and then"])
+def copies_between_their_events(request, monkeypatch):
+    """Streams as a GPU has them: the computing one works at once, copies whenever they may."""
+    chosen = random.Random(0)
+    hurries = {
+        "late": [lambda: False] * 2,
+        "early in": [lambda: True, lambda: False],
+        "early out": [lambda: False, lambda: True],
+        "now and then": [lambda: chosen.random() < 0.3] * 2,
+    }[request.param]
+    copying = [Stream(hurry) for hurry in hurries]
+    current, made = [Stream(lambda: True)], iter(copying)
+
+    @contextmanager
+    def on(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    class Store:
+        pinned, moved, kept = True, 0, {}
+
+        def write(self, name, tensor):
+            current[-1].submit(lambda: self.kept.update({name: tensor.clone()}))
+
+        def read(self, name, into):
+            current[-1].submit(lambda: into.copy_(self.kept[name]))
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: next(made))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
+    monkeypatch.setattr(
+        torch.cuda, "synchronize", lambda: [s.run_until(len(s.work)) for s in copying]
+    )
+    monkeypatch.setattr(Slots, "_outlive_copies", lambda *_: None)
+    monkeypatch.setattr(streaming, "open_store", lambda *_: Store())
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_copies_that_run_whenever_their_events_let_them_change_no_bit(
+    digits, copies_between_their_events, ahead
+):
+    resident, streamed = pair(digits, "memory", streamed={"ahead": ahead})
+    h = resident.inputs(digits.train_images[:60], digits.train_labels[:60])
+    for _ in range(3):
+        expected = resident.step(h.clone(), 30, 0.01)
+        assert torch.equal(streamed.step(h.clone(), 30, 0.01), expected)
+        tried = [n.label_goodness(digits.test_images[:9]) for n in (resident, streamed)]
+        assert torch.equal(*tried)
+    assert equal(resident, streamed)
