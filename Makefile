@@ -2,10 +2,14 @@
 PROFILE ?= default
 PYTHON  ?= python3
 VENV    ?= .venv
+MINUTES ?= 10
 
 PY        := $(VENV)/bin/python
 READY     := $(VENV)/ready
 OUT       := build/$(PROFILE)
+# Any Python with PyTorch for CUDA and pandas will do for `make gpu-reference`: the environment's
+# if it is there, else the plain one.
+GPU_PYTHON ?= $(if $(wildcard $(READY)),$(PY),$(PYTHON))
 NAMES     := $(basename $(notdir $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))))
 NUMBERS   := $(foreach name,$(NAMES),$(firstword $(subst _, ,$(name))))
 SOURCES   := $(filter-out ff_utils/readme.py,$(wildcard ff_utils/*.py))
@@ -19,13 +23,13 @@ endif
 .SUFFIXES:
 # Time and memory are measured with nothing else running.
 .NOTPARALLEL:
-.PHONY: help reproduce data publish test verify lint lab clean $(NUMBERS)
+.PHONY: help reproduce data publish gpu-reference test verify lint lab clean $(NUMBERS)
 .DEFAULT_GOAL := help
 
 help:  ## print this help
 	@echo "make TARGET [PROFILE=smoke|default|paper]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' Makefile
-	@echo "  01 ... 06  execute one notebook, and those whose records it reads"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' Makefile
+	@echo "  01 ... 06     execute one notebook, and those whose records it reads"
 
 reproduce: data $(NAMES:%=$(OUT)/%.html)  ## environment, data, every notebook and figure
 
@@ -43,6 +47,11 @@ lint: $(READY)  ## format the code and report what the formatter cannot mend
 
 lab: $(READY)  ## open JupyterLab on the notebooks
 	@$(PY) -m jupyterlab --notebook-dir=notebooks
+
+gpu-reference:  ## measure every arm on this machine's GPU: MINUTES=10, GPU_PYTHON=python3
+	@$(GPU_PYTHON) -c 'import torch, pandas' || { echo "error: $(GPU_PYTHON) lacks PyTorch or pandas;" \
+	  "give one that has them, as in: make gpu-reference GPU_PYTHON=python3" >&2; exit 1; }
+	@$(GPU_PYTHON) -m ff_utils.reference --minutes $(MINUTES)
 
 publish:  ## put the default run's outputs into the notebooks, its numbers into README
 	@$(MAKE) --no-print-directory reproduce PROFILE=default

@@ -10,8 +10,7 @@ from ff_utils import claims, paths, results
 
 @pytest.fixture(scope="module")
 def records():
-    names = {c["metric"].partition(": ")[0] for c in claims.read() if "metric" in c}
-    return {name: results.read(name, "default") for name in names}
+    return {name: results.read(name, "default") for name in claims.notebooks()}
 
 
 def test_the_ledger_agrees_with_the_records(records):
