@@ -1,5 +1,6 @@
 """Arms of the memory study: what is trained, how a step of it runs, what stays between steps."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -115,6 +116,7 @@ def _network(kind: type[nn.Module], s: Setting, **settings: object) -> nn.Module
 
 
 def _backprop(s: Setting) -> Arm:
+    """Linear and ReLU, cross-entropy, fused Adam; gradients freed after each step."""
     network = backprop_network(s.pixels, s.classes, [s.hidden] * s.depth, **_kind(s))
     optimizer = OPTIMIZERS[s.optimizer](network.parameters(), lr=1e-3, fused=True)
     return backprop_arm(network, optimizer, *_rows(s, s.batch))
@@ -136,18 +138,22 @@ def _backprop_with(s: Setting, **remedies: object) -> Arm:
 
 
 def _backprop_checkpoint(s: Setting) -> Arm:
+    """Keeps activities between runs of about sqrt(depth) layers; computes the others again."""
     return _backprop_with(s, checkpoint=True)
 
 
 def _backprop_optimizer_in_backward(s: Setting) -> Arm:
+    """Updates each tensor as its gradient arrives, and frees it."""
     return _backprop_with(s, optimizer_in_backward=True)
 
 
 def _backprop_offload(s: Setting) -> Arm:
+    """Rests what the backward pass needs on the host."""
     return _backprop_with(s, offload=True)
 
 
 def _backprop_micro_batches(s: Setting) -> Arm:
+    """Adds up the gradients of 8 parts of a batch."""
     return _backprop_with(s, micro_batches=closed_form.MICRO_BATCHES)
 
 
@@ -164,6 +170,7 @@ def _backprop_frugal(s: Setting) -> Arm:
 
 
 def _backprop_streamed(s: Setting, ahead: int = 1, micro_batches: int = 1) -> Arm:
+    """One layer on the device; weights, moments and activities wait on the host."""
     network = _network(StreamedBackprop, s, store=s.store, ahead=ahead)
     images, labels = _rows(s, s.batch)
     some = images[: -(-s.batch // micro_batches)]
@@ -211,7 +218,7 @@ def _ff(
     micro_batches: int = 1,
     **settings: object,
 ) -> Arm:
-    """FF's layers alone, trained by their network's method `step` on positive and negative rows."""
+    """FF's layers alone, all on the device, by the analytic step on positive and negative rows."""
     network = _network(kind, s, guesses=False, **settings)
     if step == "step_accumulated":  # every layer has a gradient of its own
         network.gradient = network.gradient[:0].clone()
@@ -246,6 +253,7 @@ def _ff(
 
 
 def _ff_micro_batches(s: Setting) -> Arm:
+    """8 parts of a batch, each layer's output taking its input's place."""
     return _ff(s, micro_batches=closed_form.MICRO_BATCHES)
 
 
@@ -255,6 +263,7 @@ def _ff_accumulated(s: Setting) -> Arm:
 
 
 def _ff_streamed(s: Setting) -> Arm:
+    """One layer on the device, the next one's weights on their way; the others on the host."""
     return _ff(s, StreamedForwardForward, store=s.store)
 
 
@@ -372,6 +381,7 @@ def _backprop_language(s: Setting) -> Arm:
 
 
 def _ff_seed(s: Setting, cached_rows: int | None = None) -> Arm:
+    """The seed's base network: autograd in each layer, the data set's activations cached."""
     network = _network(seed.ProgressiveForwardForward, s)
     rows = torch.rand(s.batch, PIXELS + CLASSES, **_kind(s))
     with_labels = rows[:, :PIXELS].contiguous()
@@ -390,6 +400,7 @@ def _ff_seed_uncached(s: Setting) -> Arm:
 
 
 def _ff_recurrent(s: Setting) -> Arm:
+    """The seed's recurrent network: layers that listen above and below, for 8 time steps."""
     network = _network(seed.RecurrentForwardForward, s)
     images, _ = _rows(s, s.batch // 2)
     labels = torch.zeros(len(images), CLASSES, **_kind(s))
@@ -452,3 +463,12 @@ ARMS = {
     "ff_language": ArmKind(_ff_language, "FF language model"),
     "backprop_language": ArmKind(_backprop_language, "backprop language model"),
 }
+
+
+def described() -> dict[str, str]:
+    """What each arm is, as its builder says, or else what its closed form says it holds."""
+    told = {}
+    for name, kind in ARMS.items():
+        text = inspect.getdoc(kind.build) or inspect.getdoc(closed_form.FORMS[name])
+        told[name] = " ".join(text.split("\n\n")[0].split())
+    return told

@@ -332,7 +332,7 @@ def memory_lines(
     """Peak memory against "depth" or "batch" (`x`), one line an arm, labelled at its end.
 
     log: both axes for batch, the memory axis alone for depth.
-    measured: rows of another instrument, drawn as open circles over the lines.
+    measured: what `reference.compared` gives; of the arms drawn here, circles over the lines.
     """
     name, size = unit
     figure, axis = plt.subplots(figsize=(8, 4.8))
@@ -342,10 +342,11 @@ def memory_lines(
         axis.plot(rows[x], rows.peak_bytes / size, color=COLOURS[arm], lw=2.4)
         end = rows.iloc[-1]
         ends.append((end[x], end.peak_bytes / size, ARMS[arm].title, COLOURS[arm]))
-    if measured is not None:
+    if measured is not None and len(measured := measured[measured.arm.isin(table.arm)]):
+        note += f"; circles: {measured.gpu.iloc[0]}, peak of its allocator"
         axis.scatter(
             measured.depth,
-            measured.peak_bytes / size,
+            measured.measured / size,
             facecolors="none",
             edgecolors=[COLOURS[arm] for arm in measured.arm],
             s=55,

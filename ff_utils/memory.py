@@ -17,9 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -32,6 +35,7 @@ from ff_utils.arms import ARMS, Arm
 from ff_utils.closed_form import Setting
 from ff_utils.live_bytes import CATEGORIES, LiveBytes, format_bytes
 
+MANY_POINTS = 50  # of a sweep: so many are worth the start of more processes
 INSTRUMENTS = ("simulated", "tracked", "rss", "cuda")
 # Have the C library give freed blocks back to the system at once, so that a process's peak is
 # what it needed and not what its allocator kept.
@@ -104,14 +108,31 @@ def sweep(
 ) -> pd.DataFrame:
     """Measure every arm at every depth with every instrument; one row a report.
 
+    Many simulated points, which nothing disturbs, are shared by all cores; give "simulated" first.
     The breakdown's categories are columns, in bytes. What does not fit, or dies, is a row whose
     `error` says why; the others are measured all the same.
     """
     points = [(i, arm, depth) for i in instruments for arm in arms for depth in depths]
+    with ExitStack() as stack:
+        jobs = [
+            partial(measure, arm, depth=depth, hidden=hidden, batch=batch, instrument=instrument)
+            for instrument, arm, depth in points
+        ]
+        if sum(i == "simulated" for i, *_ in points) >= MANY_POINTS:
+            pool = stack.enter_context(ProcessPoolExecutor(mp_context=get_context("spawn")))
+            jobs = [
+                pool.submit(job).result if i == "simulated" else job
+                for job, (i, *_) in zip(jobs, points, strict=True)
+            ]
+        return _rows(points, jobs, hidden, batch)
+
+
+def _rows(points: list[tuple], jobs: list[Callable], hidden: int, batch: int) -> pd.DataFrame:
     rows = []
-    for instrument, arm, depth in progress.track(points, "point"):
+    for number in progress.track(range(len(points)), "point"):
+        instrument, arm, depth = points[number]
         try:
-            report = measure(arm, depth=depth, hidden=hidden, batch=batch, instrument=instrument)
+            report = jobs[number]()
         except DoesNotFitError as error:
             predicted = _check(arm, Setting(depth, hidden, batch), instrument)
             report = Report(arm, depth, hidden, batch, instrument, None, predicted)

@@ -2,7 +2,9 @@
 
 import re
 
-from ff_utils import claims, files, paths, results
+import pandas as pd
+
+from ff_utils import claims, files, paths, reference, results
 from ff_utils.arms import ARMS
 from ff_utils.datasets import TITLES
 from ff_utils.live_bytes import format_bytes
@@ -22,6 +24,7 @@ def tables() -> dict[str, str]:
     """The generated blocks of README by name: findings, results, claims, time."""
     records = {name: results.read(name, "default") for name in NOTEBOOKS}
     return {
+        "caption": _caption(records),
         "findings": _findings(records),
         "results": _results(records),
         "claims": _claims(records),
@@ -45,6 +48,21 @@ def write_tables() -> None:
     """Fill README.md from the records."""
     path = paths.ROOT / "README.md"
     files.write_atomically(path, filled(path.read_text(encoding="utf-8")))
+
+
+def _on_gpu(records: dict[str, dict]) -> pd.DataFrame:
+    simulated = records["05_memory_profiling"]["metrics"]["simulated"]
+    return reference.compared(pd.DataFrame(simulated))
+
+
+def _caption(records: dict[str, dict]) -> str:
+    found = _on_gpu(records)
+    if found.empty:
+        return "Lines: simulated tensor by tensor. No GPU has measured them yet."
+    return (
+        f"Lines: simulated tensor by tensor. Circles: the peak of an {found.gpu.iloc[0]}'s "
+        "allocator, with its rounding and cuBLAS's workspace."
+    )
 
 
 def _findings(records: dict[str, dict]) -> str:
@@ -149,7 +167,27 @@ def _results(records: dict[str, dict]) -> str:
         f"{deepest} layers of FF, analytic step, need "
         f"{memory['ff_resident_at_equal_images'] / 1e6:,.0f} MB.",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_gpu_results(records)])
+
+
+def _gpu_results(records: dict[str, dict]) -> list[str]:
+    """The deepest points that a GPU has measured, beside the simulated ones."""
+    found = _on_gpu(records)
+    if found.empty:
+        return []
+    deepest = found[found.depth == found.depth.max()]
+    where = f"{found.gpu.iloc[0]}, {found.depth.max()} layers"
+    lines = [
+        "",
+        f"| {where} | simulated | allocator's peak | a step |",
+        "|---|---|---|---|",
+    ]
+    for row in deepest.itertuples():
+        lines.append(
+            f"| {ARMS[row.arm].title} | {row.simulated / 1e6:,.0f} MB | "
+            f"{row.measured / 1e6:,.0f} MB | {1000 * row.seconds:,.0f} ms |"
+        )
+    return [*lines, "", reference.about(found)]
 
 
 def _claims(records: dict[str, dict]) -> str:
@@ -176,5 +214,14 @@ def _time(records: dict[str, dict]) -> str:
             f"| {made['threads']} CPU cores | default | {minutes:.0f} minutes | FF "
             f"{test_error:.1%}, backprop {other:.1%}, each within 0.3 points |",
             "| a GPU | paper | not measured yet | not measured yet |",
+            _gpu_time(),
         ]
     )
+
+
+def _gpu_time() -> str:
+    trained = reference.table("training").dropna(subset="test_error").set_index("arm")
+    if trained.empty:
+        return "| a GPU | `make gpu-reference` | 10 minutes | not measured yet |"
+    errors = ", ".join(f"{ARMS[a].title} {e:.1%}" for a, e in trained.test_error.items())
+    return f"| {trained.gpu.iloc[0]} | `make gpu-reference` | 10 minutes | {errors} |"

@@ -56,8 +56,9 @@ def points(arms: list[str], depths: list[int], deepest: int, hidden: int, batch:
 
     ordered = spread(depths)
     lean = ["ff_streamed", "ff_frugal", "ff_layerwise", "backprop_frugal"]
-    others = [a for a in ARMS if a.startswith("backprop") and a != "backprop_seed"]
-    others = [a for a in [*others, "ff_resident"] if a not in lean]
+    apart = [*lean, "backprop_seed", "backprop_language"]
+    others = ["ff_resident", *(a for a in ARMS if a.startswith("backprop"))]
+    others = [a for a in others if a not in apart]
     trained = [
         {"arm": arm, "kind": "training", "depth": 4, "hidden": hidden} | course
         for arm, course in TRAININGS.items()
