@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -207,6 +208,25 @@ def time_steps(
                 "host_bytes": report.host_bytes,
             }
         )
+    return pd.DataFrame(rows)
+
+
+def leanest_by_batch(
+    lean: Sequence[str],
+    others: Sequence[str],
+    depths: Sequence[int],
+    batches: Sequence[int],
+    hidden: int,
+) -> pd.DataFrame:
+    """The smallest peak of each group of arms at every depth and batch, by the closed form.
+
+    Columns: depth, batch, lean, other (bytes), saved (the share that `lean` saves).
+    """
+    rows = []
+    for depth, batch in product(depths, batches):
+        s = Setting(depth, hidden, batch)
+        a, b = (min(closed_form.peak(arm, s) for arm in arms) for arms in (lean, others))
+        rows.append({"depth": depth, "batch": batch, "lean": a, "other": b, "saved": 1 - a / b})
     return pd.DataFrame(rows)
 
 
