@@ -121,7 +121,7 @@ def _image(axis: plt.Axes, row: torch.Tensor, shape: tuple[int, ...]) -> None:
     pixels = row.reshape(shape).cpu()
     if len(shape) == 3:
         pixels = pixels.permute(1, 2, 0).clamp(0, 1)
-    axis.imshow(pixels, cmap="gray_r", vmin=0, vmax=float(row.max()) or 1)
+    axis.imshow(pixels.numpy(), cmap="gray_r", vmin=0, vmax=float(row.max()) or 1)
     axis.set(xticks=[], yticks=[])
     sns.despine(ax=axis, left=True, bottom=True)
     axis.grid(False)

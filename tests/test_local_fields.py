@@ -146,6 +146,10 @@ def test_hintons_network_for_mnist_has_his_grids():
     network = LocalForwardForward((3, 32, 32), 10, local_fields.CIFAR_FIELDS[:2], padded=True)
     assert network.hidden == [3072, 3072]
     assert network.layers[0].weight.shape == (1024, 3, 363 + 10)
+    images, labels = torch.rand(4, 3072), torch.tensor([0, 1, 2, 3])
+    generator = torch.Generator().manual_seed(0)
+    losses = training.forward_forward_step(network, None, images, labels, 0.001, generator)
+    assert all(loss.isfinite() for loss in losses.values())
 
 
 @pytest.mark.parametrize("local", [False, True])
