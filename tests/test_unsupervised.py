@@ -80,8 +80,20 @@ def test_what_needs_a_label_refuses_a_network_without_one(digits):
     with pytest.raises(ValueError, match="predict by 'softmax'"):
         network.predict(digits.test_images)
     assert network.predict(digits.test_images[:5], by="softmax").shape == (5,)
+    with pytest.raises(ValueError, match="the softmax alone can predict, give guesses=True"):
+        make(digits, guesses=False)
     with pytest.raises(ValueError, match="label is 'pixels': build the network with"):
         train(make(digits, label="pixels"), digits)
+
+
+def test_a_layer_that_the_softmax_does_not_read_cannot_be_trained_alone(digits):
+    with pytest.raises(ValueError, match="softmax reads layer 1: give first_read=1"):
+        training.train_forward_forward(
+            make(digits, label="pixels"), digits, schedule="layerwise", epochs=1, batch_size=50,
+            learning_rate=0.003,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match=r"first_read is 4; give a whole number .* at most 3"):
+        make(digits, first_read=4)
 
 
 @pytest.mark.parametrize(
