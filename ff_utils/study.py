@@ -16,7 +16,7 @@ from torch import nn
 
 from ff_utils import checks, datasets, files, paths, recurrent, results, training, unsupervised
 from ff_utils.datasets import Dataset
-from ff_utils.local_fields import LocalForwardForward
+from ff_utils.local_fields import CIFAR_FIELDS, MNIST_FIELDS, LocalForwardForward
 from ff_utils.networks import ForwardForward, backprop_network
 from ff_utils.recurrent import RecurrentForwardForward
 
@@ -86,8 +86,8 @@ def _backprop_errors(network: nn.Module, data: Dataset) -> dict[str, float]:
 WIDTHS = [1000, 1000, 1000]
 SUPERVISED = {"hidden": WIDTHS, "label_scale": 4.0, "loss": "pairwise", "scale": 30.0}
 COURSE = {"epochs": 60, "batch_size": 100, "learning_rate": 0.001}
+LOCAL = {"label_scale": 2.0, "loss": "pairwise", "scale": 30.0}
 FF_COURSE = COURSE | {"guess_share": 0.5, "softmax_rate": 0.1}
-FIELDS = [[10, 6, 128], [2, 1, 220], [2, 1, 512]]  # Hinton, section 3.2
 STUDIES = {
     "supervised": Study(
         "supervised, label in the input",
@@ -114,7 +114,7 @@ STUDIES = {
         unsupervised.train_unsupervised,
         _softmax_error,
         choices={"hidden": WIDTHS, "label": "none", "theta": 1.0, "scale": 30.0},
-        course=COURSE,
+        course=COURSE | {"epochs": 30, "blurs": 3},
     ),
     "local": Study(
         "supervised, local receptive fields",
@@ -122,8 +122,8 @@ STUDIES = {
         _local,
         _train,
         _errors,
-        choices={"fields": FIELDS, "label_scale": 2.0, "loss": "pairwise", "scale": 30.0},
-        course=FF_COURSE,
+        choices=LOCAL | {"fields": MNIST_FIELDS},
+        course=FF_COURSE | {"epochs": 30},
     ),
     "recurrent": Study(
         "recurrent, top-down and bottom-up",
@@ -141,12 +141,7 @@ STUDIES = {
         _train,
         _errors,
         dataset="cifar10",
-        choices={
-            "fields": [[11, 3, 48], [3, 1, 84], [3, 1, 192]],
-            "label_scale": 2.0,
-            "loss": "pairwise",
-            "scale": 30.0,
-        },
+        choices=LOCAL | {"fields": CIFAR_FIELDS, "padded": True},
         course=FF_COURSE,
     ),
     "backprop": Study(
