@@ -354,24 +354,24 @@ def _run_here(report: Report, s: Setting) -> Report:
     small = ARMS["backprop"].build(replace(s, depth=2, hidden=64, batch=64))
     small.train()
     del small
-    baseline = 0 if cuda else _resident_bytes()
+    baseline = 0 if cuda else resident_bytes()
     with tempfile.TemporaryDirectory() as folder:
         arm = ARMS[report.arm].build(s if cuda else replace(s, store=folder))
         arm.train()
-        evaluation_is_apart = _reset_peak(cuda)
+        evaluation_is_apart = reset_peak(cuda)
         before, start = arm.moved(), time.perf_counter()
         arm.train()
-        report.peak_bytes = _peak_bytes(cuda) - baseline
+        report.peak_bytes = peak_bytes(cuda) - baseline
         report.step_seconds = time.perf_counter() - start
         report.moved_bytes = arm.moved() - before
         if evaluation_is_apart:
-            _reset_peak(cuda)
+            reset_peak(cuda)
             arm.evaluate()
-            report.evaluation_peak_bytes = _peak_bytes(cuda) - baseline
+            report.evaluation_peak_bytes = peak_bytes(cuda) - baseline
     return report
 
 
-def _reset_peak(cuda: bool) -> bool:
+def reset_peak(cuda: bool) -> bool:
     """Start a new peak; False where the system cannot."""
     if cuda:
         torch.cuda.synchronize()
@@ -384,7 +384,7 @@ def _reset_peak(cuda: bool) -> bool:
     return True
 
 
-def _peak_bytes(cuda: bool) -> int:
+def peak_bytes(cuda: bool) -> int:
     if cuda:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
@@ -394,9 +394,9 @@ def _peak_bytes(cuda: bool) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
     """Resident memory now; where only its peak is told, the peak so far."""
-    return proc_bytes("VmRSS") or _peak_bytes(cuda=False)
+    return proc_bytes("VmRSS") or peak_bytes(cuda=False)
 
 
 def proc_bytes(key: str, path: str = "/proc/self/status") -> int | None:

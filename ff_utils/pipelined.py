@@ -1,0 +1,623 @@
+"""Training past one machine: the layers of a Forward-Forward network spread over ranks.
+
+    torchrun --standalone --nproc-per-node 2 -m ff_utils.pipelined --dataset mnist \
+        --hidden 1000 1000 1000 1000 1000 1000 --epochs 2 --checkpoint build/ranks
+
+Each rank trains its own layers on what the rank below sends and sends their activations on.
+Nothing ever comes back, so that a rank turns to the next batch as soon as it has done with this
+one; on a CPU the layers learn, bit for bit, what they learn in one process. Negatives are random
+wrong labels: hard ones are drawn from a guess that reads every layer, which would have to come
+back down to the first rank before its batch could begin. For several machines, see torchrun's
+--nnodes and --rdzv-endpoint; the checkpoint's folder must be one that all of them see. With
+torchrun's --max-restarts, ranks that end are started again and go on from there.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ff_utils import checks, datasets, files, memory, pairs, paths, progress, training
+from ff_utils.datasets import Dataset
+from ff_utils.layers import FFLayer, goodness, normalise_
+from ff_utils.live_bytes import format_bytes
+from ff_utils.networks import EVALUATION_ROWS, ForwardForward
+
+IN_FLIGHT = 2  # messages on their way to a rank, and from it
+DRAWN = 40  # batches whose times are kept
+PATIENCE = 300.0  # seconds
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is learned: the same settings give the same weights on any number of ranks."""
+
+    dataset: str = "auto"
+    train_size: int = 0
+    hidden: tuple[int, ...] = (1000, 1000, 1000, 1000)
+    epochs: int = 2
+    batch_size: int = 500
+    learning_rate: float = 0.001
+    label_scale: float = 4.0
+    theta: float = 1.0
+    scale: float = 30.0
+    seed: int = 0
+
+
+class RankLostError(RuntimeError):
+    """A neighbour has ended or does not answer."""
+
+
+# --- Who has what ---------------------------------------------------------------------------
+
+
+def shares(widths: list[int], ranks: int) -> list[range]:
+    """Each rank's layers, in a row, so that the largest share of the work is as small as can be.
+
+    widths: of the input and of every layer. A layer's work is its inputs times its outputs.
+    """
+    costs = [below * above for below, above in pairwise(widths)]
+
+    @cache
+    def best(first: int, ranks: int) -> tuple[int, tuple[int, ...]]:
+        if ranks == 1:
+            return sum(costs[first:]), (len(costs),)
+        options = []
+        for end in range(first + 1, len(costs) - ranks + 2):
+            largest, ends = best(end, ranks - 1)
+            options.append((max(sum(costs[first:end]), largest), (end, *ends)))
+        return min(options)
+
+    return [range(*bounds) for bounds in pairwise((0, *best(0, ranks)[1]))]
+
+
+class Share(ForwardForward):
+    """The layers `mine` of a `ForwardForward` network, under their numbers in the whole.
+
+    The others are drawn, so that a seed means the same weights, and dropped one by one.
+    """
+
+    def __init__(
+        self, pixels: int, classes: int, hidden: list[int], mine: range, **settings: object
+    ) -> None:
+        self.mine = mine
+        super().__init__(pixels, classes, hidden, guesses=False, **settings)
+        largest = max(self.layers[number].weight.numel() for number in mine)
+        self.gradient = self.gradient.new_zeros(largest)
+
+    def place(self, number: int, make: Callable[..., FFLayer]) -> nn.Module:
+        """Make a layer that is mine; draw one that is not, without its optimizer's state."""
+        if number in self.mine:
+            return super().place(number, make)
+        make(optimizer="sgd")
+        return nn.Identity()
+
+    def own(self) -> list[FFLayer]:
+        """The layers that are here."""
+        return [self.layers[number] for number in self.mine]
+
+
+# --- Talk between neighbours ----------------------------------------------------------------
+
+
+class Ranks:
+    """This process among the others: it hears from the rank below and tells the rank above.
+
+    patience: seconds to wait for a neighbour. Who waits in vain raises RankLostError.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self.patience = patience
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.device = torch.device("cpu")
+        if dist.is_nccl_available() and torch.cuda.device_count() >= here:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        limit = timedelta(seconds=patience)
+        self.store = dist.HashStore()
+        if self.size > 1:
+            self.store = next(dist.rendezvous("env://", timeout=limit))[0]
+        place = {"rank": self.rank, "world_size": self.size}
+        dist.init_process_group(backend, store=self.store, timeout=limit, **place)
+        self.last = self.rank == self.size - 1
+        self.outbox = deque()
+
+    @contextmanager
+    def _talk(self, other: int) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            silent = f"has not answered for {self.patience:g} s"
+            what = silent if "imed out" in str(error) else "has ended"
+            raise RankLostError(f"rank {other} {what} before its work was done") from error
+
+    def received(self, sizes: list[int], like: torch.Tensor, width: int) -> Iterator[torch.Tensor]:
+        """Activations (size, width) from the rank below, for each of `sizes`.
+
+        The next is on its way while one is in use, and takes the memory of the one before.
+        """
+        room = [like.new_empty(max(sizes), width) for _ in range(IN_FLIGHT)]
+        coming = deque()
+
+        def ask(number: int) -> None:
+            h = room[number % IN_FLIGHT][: sizes[number]]
+            coming.append((h, dist.irecv(h, self.rank - 1)))
+
+        for number in range(min(IN_FLIGHT, len(sizes))):
+            ask(number)
+        for number in range(len(sizes)):
+            h, work = coming.popleft()
+            with self._talk(self.rank - 1):
+                work.wait()
+            yield h
+            if number + IN_FLIGHT < len(sizes):
+                with self._talk(self.rank - 1):
+                    ask(number + IN_FLIGHT)
+
+    def send(self, h: torch.Tensor) -> None:
+        """Send activations up, if there is a rank above; wait only while too many are under way."""
+        if self.last:
+            return
+        self.flush(IN_FLIGHT - 1)
+        with self._talk(self.rank + 1):
+            self.outbox.append((h, dist.isend(h, self.rank + 1)))
+
+    def flush(self, left: int = 0) -> None:
+        """Wait until no more than `left` messages are under way."""
+        while len(self.outbox) > left:
+            with self._talk(self.rank + 1):
+                self.outbox.popleft()[1].wait()
+
+    def pass_up(self, value: object = None) -> object:
+        """The first rank's `value`, on every rank: all have it at about the same time."""
+        if self.rank > 0:
+            value = self._hear(self.rank - 1)
+        if not self.last:
+            self._tell(value, self.rank + 1)
+        return value
+
+    def collect(self, value: object) -> list | None:
+        """Every rank's `value`, on the first; they go from rank to rank, and last to the first."""
+        values = [*(self._hear(self.rank - 1) if self.rank > 0 else []), value]
+        if self.size == 1:
+            return values
+        self._tell(values, (self.rank + 1) % self.size)
+        return self._hear(self.size - 1) if self.rank == 0 else None
+
+    def _tell(self, value: object, other: int) -> None:
+        with self._talk(other):
+            dist.send_object_list([value], other, device=torch.device("cpu"))
+
+    def _hear(self, other: int) -> object:
+        into = [None]
+        with self._talk(other):
+            dist.recv_object_list(into, other, device=torch.device("cpu"))
+        return into[0]
+
+    def end(self, sentence: str, status: int) -> None:
+        """Leave at once, and say why unless another rank has said why it did."""
+        try:
+            first = self.store.add("ended", 1) == 1
+        except RuntimeError:  # the store has ended too
+            first = True
+        if first:
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
+        os._exit(status)  # no clean-up, which could wait for a rank that is lost
+
+
+# --- Checkpoints ----------------------------------------------------------------------------
+
+
+class Checkpoint:
+    """A folder with a file for each layer and, once all of them are there, one for the run.
+
+    A kill at any moment leaves a whole set: the last one goes only when the next is complete. As
+    each layer has its own file, any number of ranks can go on from it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def latest(self, settings: dict) -> dict | None:
+        """The last complete run file; ValueError where it is of other settings."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = {int(path.stem.split("-")[1]): path for path in self.folder.glob("epoch-*.run")}
+        if not found:
+            return None
+        run = _load(found[max(found)])
+        for name, value in settings.items():
+            if run["settings"].get(name) != value:
+                raise ValueError(
+                    f"{name} is {value!r}, but {self.folder} holds a training where it is "
+                    f"{run['settings'].get(name)!r}: give that, or another folder."
+                )
+        return run
+
+    def save_layers(self, share: Share, epoch: int) -> None:
+        """Write the layers that are here."""
+        for number in share.mine:
+            state = share.layers[number].state_dict()
+            _save(state, self.folder / f"epoch-{epoch}.layer-{number}")
+
+    def load_layers(self, share: Share, epoch: int) -> None:
+        """Read the layers that are here."""
+        for number in share.mine:
+            state = _load(self.folder / f"epoch-{epoch}.layer-{number}", share.gradient.device)
+            share.layers[number].load_state_dict(state)
+
+    def complete(self, run: dict) -> None:
+        """All layers are written: write the run's file and remove what it replaces."""
+        _save(run, self.folder / f"epoch-{run['epoch']}.run")
+        for path in [*self.folder.glob("epoch-*"), *self.folder.glob(".epoch-*")]:
+            if not path.name.startswith(f"epoch-{run['epoch']}."):
+                path.unlink()
+
+
+def _save(state: dict, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def _load(path: Path, device: torch.device | str = "cpu") -> dict:
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load has many ways to say that a file is not whole
+        raise ValueError(
+            f"{path} is missing or not whole: empty its folder to start again."
+        ) from error
+
+
+# --- Training -------------------------------------------------------------------------------
+
+
+def train(settings: Settings, ranks: Ranks, checkpoint: Path | None = None) -> dict | None:
+    """Train this rank's layers; on the first rank, returns the record of all.
+
+    checkpoint: a folder that every epoch is kept in, and that a run goes on from.
+    The record: settings, data, test_error (by goodness), `epochs` (a row each: epoch, seconds,
+    loss_1 ...), `layers` (a SHA-256 of each layer's weights and optimizer state) and `ranks` (a
+    row each: layers, tensor_bytes, peak_bytes of the process beyond what it had before there were
+    layers, busy (share of the training time), timeline (start and end of batches' work, seconds
+    from the epoch's start)).
+    Raises ValueError for bad input before anything runs, RankLostError for a lost neighbour, and
+    FloatingPointError where a loss stops being finite.
+    """
+    data, run, plan, store = None, None, None, checkpoint and Checkpoint(checkpoint)
+    if ranks.rank == 0:
+        _check(settings, ranks.size)
+        data = datasets.load(settings.dataset, settings.train_size or None)
+        checks.number("batch_size", settings.batch_size, 1, len(data.train_labels), whole=True)
+        given = asdict(settings) | {"dataset": data.name, "checksum": data.checksum}
+        given |= {"hidden": list(settings.hidden)}
+        run = {"settings": given, "epoch": 0, "epochs": []}
+        run = (store and store.latest(given)) or run
+        plan = (data.pixels, data.classes, len(data.train_labels), len(data.test_labels))
+        data = data.to(ranks.device)
+    cuda = ranks.device.type == "cuda"
+    torch.ones(64, 64) @ torch.ones(64, 64)  # loads what any program loads
+    memory.reset_peak(cuda)
+    before = 0 if cuda else memory.resident_bytes()
+    share = None
+    if ranks.rank == 0:  # whose refusals come before the others begin
+        share = _share(settings, plan, ranks)
+    plan, done = ranks.pass_up((plan, run and run["epoch"]))
+    share = share or _share(settings, plan, ranks)
+    if done:
+        store.load_layers(share, done)
+    generator = torch.Generator().manual_seed(settings.seed)
+    if run and "generator" in run:
+        generator.set_state(run["generator"])
+
+    numbers = range(done + 1, settings.epochs + 1)
+    busy, spent, timeline = 0.0, 0.0, []
+    ranks.collect(None)
+    for epoch in progress.track(numbers, "epoch", done, settings.epochs) if data else numbers:
+        ranks.pass_up()
+        start = time.perf_counter()
+        sizes = _sizes(plan[2], settings.batch_size, 2)
+        rows = ranks.received(sizes, share.gradient, share.own()[0].weight.shape[1])
+        if data:
+            rows = _inputs(share, data, settings.batch_size, generator)
+        progressed = ((epoch - 1) / settings.epochs, epoch / settings.epochs)
+        losses, timeline, worked = _train_epoch(
+            share, ranks, rows, len(sizes), settings.learning_rate, progressed
+        )
+        _refuse_non_finite(losses, share, epoch)
+        found = ranks.collect(losses)
+        seconds = time.perf_counter() - start
+        busy, spent = busy + worked, spent + seconds
+        timeline = [[round(t - start, 6) for t in span] for span in timeline[:DRAWN]]
+        if store:
+            store.save_layers(share, epoch)
+            ranks.collect(None)
+        if data:
+            row = {"epoch": epoch, "seconds": seconds}
+            losses = [loss for part in found for loss in part]
+            row |= {f"loss_{number}": loss for number, loss in enumerate(losses, start=1)}
+            run |= {"epoch": epoch, "epochs": [*run["epochs"], row]}
+            run |= {"generator": generator.get_state()}
+            if store:
+                store.complete(run)
+
+    about = {
+        "layers": [number + 1 for number in share.mine],
+        "tensor_bytes": sum(t.nbytes for t in [*share.parameters(), *share.buffers()]),
+        "peak_bytes": memory.peak_bytes(cuda) - before,
+        "busy": busy / spent if spent else None,
+        "timeline": timeline,
+    }
+    error = _test_error(share, ranks, data, plan)
+    found = ranks.collect((about, [digest(layer) for layer in share.own()]))
+    if not data:
+        return None
+    return {
+        "settings": run["settings"],
+        "device": ranks.device.type,
+        "threads": torch.get_num_threads(),
+        "test_error": error,
+        "epochs": run["epochs"],
+        "layers": [text for _, digests in found for text in digests],
+        "ranks": [row for row, _ in found],
+    }
+
+
+def digest(layer: FFLayer) -> str:
+    """Short SHA-256 of a layer's weights and optimizer state."""
+    found = hashlib.sha256()
+    for tensor in layer.state_dict().values():
+        found.update(tensor.cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def _check(settings: Settings, ranks: int) -> None:
+    checks.number("train_size", settings.train_size, 0, whole=True)
+    checks.number("epochs", settings.epochs, 1, whole=True)
+    checks.number("learning_rate", settings.learning_rate, 0, 1, above=True)
+    checks.whole_numbers("hidden", settings.hidden, 1)
+    if ranks > len(settings.hidden):
+        raise ValueError(
+            f"hidden has {len(settings.hidden)} layers for {ranks} ranks; give each rank at least "
+            "one layer."
+        )
+
+
+def _share(settings: Settings, plan: tuple, ranks: Ranks) -> Share:
+    pixels, classes = plan[:2]
+    mine = shares([pixels, *settings.hidden], ranks.size)[ranks.rank]
+    kind = {name: getattr(settings, name) for name in ("label_scale", "theta", "scale", "seed")}
+    return Share(pixels, classes, list(settings.hidden), mine, device=ranks.device, **kind)
+
+
+def _sizes(samples: int, batch_size: int, rows: int) -> list[int]:
+    """Rows of every batch, with `rows` for each sample."""
+    starts = range(0, samples, batch_size)
+    return [rows * min(batch_size, samples - start) for start in starts]
+
+
+def _inputs(
+    share: Share, data: Dataset, batch_size: int, generator: torch.Generator
+) -> Iterator[torch.Tensor]:
+    """What the first layer is trained on, half positive, half negative."""
+    for images, labels in training.batches(data, batch_size, generator):
+        wrong = pairs.random_negatives(labels, data.classes, generator)
+        yield share.inputs(images.repeat(2, 1), torch.cat([labels, wrong]))
+
+
+def _train_epoch(
+    share: Share,
+    ranks: Ranks,
+    rows: Iterator[torch.Tensor],
+    batches: int,
+    learning_rate: float,
+    progressed: tuple[float, float],
+) -> tuple[list[float], list[tuple[float, float]], float]:
+    """Train on every batch of `rows`: each layer's mean loss, the times of work, their sum."""
+    total, times = 0, []
+    low, high = progressed
+    for number, h in enumerate(rows):
+        start = time.perf_counter()
+        done = low + (high - low) * number / batches
+        rate = learning_rate * min(1.0, 2 * (1 - done))
+        positives, losses = len(h) // 2, []
+        for layer in share.own():
+            h, loss = layer.step(h, positives, rate, share.gradient)
+            losses.append(loss)
+        total = total + torch.stack(losses)
+        if h.is_cuda and number < DRAWN:
+            torch.cuda.synchronize()
+        times.append((start, time.perf_counter()))
+        ranks.send(h)
+    ranks.flush()
+    return (total / batches).tolist(), times, sum(end - start for start, end in times)
+
+
+def _refuse_non_finite(losses: list[float], share: Share, epoch: int) -> None:
+    for number, loss in zip(share.mine, losses, strict=True):
+        if loss != loss or abs(loss) == float("inf"):
+            raise FloatingPointError(
+                f"the loss of layer {number + 1} is {loss} in epoch {epoch}; "
+                "lower learning_rate or scale."
+            )
+
+
+def _test_error(share: Share, ranks: Ranks, data: Dataset | None, plan: tuple) -> float | None:
+    """Share of test images whose label with the most goodness, over all layers, is wrong.
+
+    Images go up with every label at once; each rank adds its layers' goodness, and the first
+    rank the ranks' sums.
+    """
+    _, classes, _, samples = plan
+    each = max(1, EVALUATION_ROWS // classes)
+    sizes = _sizes(samples, each, classes)
+    rows = ranks.received(sizes, share.gradient, share.own()[0].weight.shape[1])
+    if data:
+        every = torch.arange(classes, device=ranks.device)
+        rows = (
+            share.inputs(images.repeat_interleave(classes, 0), every.repeat(len(images)))
+            for images, _ in training.test_batches(data, each)
+        )
+    found = []
+    for h in rows:
+        total = 0
+        for layer in share.own():
+            h = layer(h)
+            total = total + goodness(h)
+            normalise_(h, share.normalisation)
+        ranks.send(h)
+        found.append(total.view(-1, classes).cpu())
+    ranks.flush()
+    sums = ranks.collect(torch.cat(found))
+    if not data:
+        return None
+    wrong = sum(sums).argmax(1) != data.test_labels.cpu()
+    return float(wrong.sum()) / samples
+
+
+# --- What backprop would do -----------------------------------------------------------------
+
+
+def backprop_timeline(
+    stage_seconds: list[float], micro_batches: int, batches: int
+) -> list[list[tuple[float, float, str]]]:
+    """Each rank's (start, end, "forward" or "backward") in pipelined backpropagation, computed.
+
+    A batch goes up in parts (GPipe, arXiv 1811.06965) and must come down again before the weights
+    change and the next one starts. stage_seconds: of a batch's work on each rank, a third of it
+    forward, two thirds backward. With p equal ranks and m parts, (p - 1) / (m + p - 1) of the
+    time is idle.
+    """
+    ranks = range(len(stage_seconds))
+    rows, now = [[] for _ in ranks], 0.0
+    for _ in range(batches):
+        free = [now] * len(stage_seconds)
+        for kind, share, order in (("forward", 1 / 3, ranks), ("backward", 2 / 3, ranks[::-1])):
+            for _ in range(micro_batches):
+                ready = 0.0
+                for rank in order:
+                    start = max(free[rank], ready)
+                    free[rank] = ready = start + share * stage_seconds[rank] / micro_batches
+                    rows[rank].append((start, ready, kind))
+        now = max(free)
+    return rows
+
+
+# --- Processes ------------------------------------------------------------------------------
+
+
+def launch(ranks: int, settings: Settings, checkpoint: str | os.PathLike | None = None) -> dict:
+    """Train in `ranks` fresh processes of this machine, one thread each; returns the record.
+
+    RuntimeError with the reason where they fail.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder) / "record.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(ranks), "-m", "ff_utils.pipelined"]
+        for name, value in asdict(settings).items():
+            many = value if isinstance(value, list | tuple) else [value]
+            command += [f"--{name.replace('_', '-')}", *map(str, many)]
+        if checkpoint:
+            command += ["--checkpoint", str(Path(checkpoint).resolve())]
+        done = subprocess.run(
+            [*command, "--record", str(record)],
+            cwd=paths.ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode == 0:
+            return json.loads(record.read_text(encoding="utf-8"))
+    lines = done.stderr.strip().splitlines() or ["no message"]
+    reasons = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    raise RuntimeError((reasons or lines)[-1])
+
+
+def _end_with(parent: int) -> None:
+    """End this process once its parent has: torchrun's ranks must not outlive it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train as one of torchrun's ranks, or alone; the first one prints what came of it."""
+    parser = argparse.ArgumentParser(prog="torchrun -m ff_utils.pipelined", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    for field in fields(Settings):
+        many = {"nargs": "+"} if field.name == "hidden" else {}
+        kind = int if many else type(field.default)
+        name = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(name, type=kind, default=field.default, **many)
+    parser.add_argument("--checkpoint", type=Path, help="a folder to keep every epoch in")
+    parser.add_argument("--record", type=Path, help="a file for the record, as JSON")
+    parser.add_argument("--threads", type=int, default=1, help="of each rank")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds without answer")
+    if int(os.environ.get("RANK", 0)) > 0:
+        parser.error = lambda _: sys.exit(2)  # the first rank says it
+    options = vars(parser.parse_args(arguments))
+    kept, record = options.pop("checkpoint"), options.pop("record")
+    threads, patience = options.pop("threads"), options.pop("patience")
+    try:
+        checks.number("threads", threads, 1, whole=True)
+        checks.number("patience", patience, 0, 1e6, above=True)
+    except ValueError as error:
+        parser.error(str(error))
+    if dist.is_torchelastic_launched():
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    torch.set_num_threads(threads)
+    ranks = Ranks(patience)
+    # torchrun ends the others when one is lost: let each find out which, and say so, first.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
+    try:
+        found = train(Settings(**options), ranks, kept)
+        if found:
+            _print(found)
+            if record:
+                files.write_atomically(record, json.dumps(found, indent=1) + "\n")
+        ranks.pass_up()
+    except RankLostError as error:
+        again = "with --checkpoint FOLDER, a second start goes on from the last epoch"
+        if kept:
+            again = f"the same command, on any number of ranks, goes on from {kept}"
+        ranks.end(f"{error}: {again}.", 1)
+    except (ValueError, FloatingPointError, OSError, datasets.DataNotFoundError) as error:
+        ranks.end(str(error), 2)
+    except KeyboardInterrupt:
+        os._exit(130)
+    dist.destroy_process_group()
+
+
+def _print(record: dict) -> None:
+    last = record["epochs"][-1]
+    print(f"test error {record['test_error']:.2%} by goodness, {last['seconds']:.2f} s an epoch")
+    for rank, row in enumerate(record["ranks"]):
+        layers, size = row["layers"], format_bytes(row["tensor_bytes"])
+        peak = format_bytes(row["peak_bytes"])
+        busy = "" if row["busy"] is None else f", busy {row['busy']:.0%} of the time"
+        print(f"rank {rank}: layers {layers[0]} to {layers[-1]}, {size} ({peak} resident){busy}")
+
+
+if __name__ == "__main__":
+    main()
