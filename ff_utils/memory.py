@@ -385,6 +385,7 @@ def reset_peak(cuda: bool) -> bool:
 
 
 def peak_bytes(cuda: bool) -> int:
+    """This process's peak: of resident memory, or of the CUDA allocator."""
     if cuda:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()

@@ -41,7 +41,7 @@ from ff_utils.layers import FFLayer, goodness, normalise_
 from ff_utils.live_bytes import format_bytes
 from ff_utils.networks import EVALUATION_ROWS, ForwardForward
 
-IN_FLIGHT = 2  # messages on their way to a rank, and from it
+IN_FLIGHT = 2  # batches a rank has or is about to have from the one below
 DRAWN = 40  # batches whose times are kept
 PATIENCE = 300.0  # seconds
 
@@ -141,7 +141,7 @@ class Ranks:
         place = {"rank": self.rank, "world_size": self.size}
         dist.init_process_group(backend, store=self.store, timeout=limit, **place)
         self.last = self.rank == self.size - 1
-        self.outbox = deque()
+        self.going = None  # a message under way, and its handle
 
     @contextmanager
     def _talk(self, other: int) -> Iterator[None]:
@@ -176,18 +176,19 @@ class Ranks:
                     ask(number + IN_FLIGHT)
 
     def send(self, h: torch.Tensor) -> None:
-        """Send activations up, if there is a rank above; wait only while too many are under way."""
+        """Send activations up, if there is a rank above, once the last ones are there."""
         if self.last:
             return
-        self.flush(IN_FLIGHT - 1)
+        self.flush()
         with self._talk(self.rank + 1):
-            self.outbox.append((h, dist.isend(h, self.rank + 1)))
+            self.going = (h, dist.isend(h, self.rank + 1))
 
-    def flush(self, left: int = 0) -> None:
-        """Wait until no more than `left` messages are under way."""
-        while len(self.outbox) > left:
+    def flush(self) -> None:
+        """Wait until what was sent has left."""
+        if self.going:
             with self._talk(self.rank + 1):
-                self.outbox.popleft()[1].wait()
+                self.going[1].wait()
+            self.going = None
 
     def pass_up(self, value: object = None) -> object:
         """The first rank's `value`, on every rank: all have it at about the same time."""
@@ -368,7 +369,7 @@ def train(settings: Settings, ranks: Ranks, checkpoint: Path | None = None) -> d
         "busy": busy / spent if spent else None,
         "timeline": timeline,
     }
-    error = _test_error(share, ranks, data, plan)
+    error = _test_error(share, ranks, data, plan, settings.batch_size)
     found = ranks.collect((about, [digest(layer) for layer in share.own()]))
     if not data:
         return None
@@ -462,14 +463,16 @@ def _refuse_non_finite(losses: list[float], share: Share, epoch: int) -> None:
             )
 
 
-def _test_error(share: Share, ranks: Ranks, data: Dataset | None, plan: tuple) -> float | None:
+def _test_error(
+    share: Share, ranks: Ranks, data: Dataset | None, plan: tuple, batch_size: int
+) -> float | None:
     """Share of test images whose label with the most goodness, over all layers, is wrong.
 
     Images go up with every label at once; each rank adds its layers' goodness, and the first
     rank the ranks' sums.
     """
     _, classes, _, samples = plan
-    each = max(1, EVALUATION_ROWS // classes)
+    each = max(1, min(EVALUATION_ROWS, 2 * batch_size) // classes)  # no more rows than in training
     sizes = _sizes(samples, each, classes)
     rows = ranks.received(sizes, share.gradient, share.own()[0].weight.shape[1])
     if data:
