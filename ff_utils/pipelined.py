@@ -152,16 +152,16 @@ class Ranks:
             what = silent if "imed out" in str(error) else "has ended"
             raise RankLostError(f"rank {other} {what} before its work was done") from error
 
-    def received(self, sizes: list[int], like: torch.Tensor, width: int) -> Iterator[torch.Tensor]:
+    def received(self, sizes: list[int], room: torch.Tensor) -> Iterator[torch.Tensor]:
         """Activations (size, width) from the rank below, for each of `sizes`.
 
-        The next is on its way while one is in use, and takes the memory of the one before.
+        The next is on its way while one is in use, and takes the memory of the one before:
+        room (IN_FLIGHT, largest size, width).
         """
-        room = [like.new_empty(max(sizes), width) for _ in range(IN_FLIGHT)]
         coming = deque()
 
         def ask(number: int) -> None:
-            h = room[number % IN_FLIGHT][: sizes[number]]
+            h = room[number % IN_FLIGHT, : sizes[number]]
             coming.append((h, dist.irecv(h, self.rank - 1)))
 
         for number in range(min(IN_FLIGHT, len(sizes))):
@@ -293,84 +293,66 @@ def _load(path: Path, device: torch.device | str = "cpu") -> dict:
 # --- Training -------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What every rank must know of the data, and the epoch that is done."""
+
+    pixels: int
+    classes: int
+    train: int
+    test: int
+    epoch: int
+
+
 def train(settings: Settings, ranks: Ranks, checkpoint: Path | None = None) -> dict | None:
     """Train this rank's layers; on the first rank, returns the record of all.
 
     checkpoint: a folder that every epoch is kept in, and that a run goes on from.
-    The record: settings, data, test_error (by goodness), `epochs` (a row each: epoch, seconds,
-    loss_1 ...), `layers` (a SHA-256 of each layer's weights and optimizer state) and `ranks` (a
-    row each: layers, tensor_bytes, peak_bytes of the process beyond what it had before there were
-    layers, busy (share of the training time), timeline (start and end of batches' work, seconds
-    from the epoch's start)).
+    The record: settings, device, threads, test_error (by goodness), `epochs` (a row each: epoch,
+    seconds, loss_1 ...), `layers` (a SHA-256 of each layer's weights and optimizer state) and
+    `ranks` (a row each: layers, tensor_bytes, peak_bytes of the process beyond what it had before
+    there were layers, busy (share of the last epoch's time), timeline (start and end of the work
+    on its first batches, in seconds from the epoch's start)).
     Raises ValueError for bad input before anything runs, RankLostError for a lost neighbour, and
     FloatingPointError where a loss stops being finite.
     """
-    data, run, plan, store = None, None, None, checkpoint and Checkpoint(checkpoint)
-    if ranks.rank == 0:
-        _check(settings, ranks.size)
-        data = datasets.load(settings.dataset, settings.train_size or None)
-        checks.number("batch_size", settings.batch_size, 1, len(data.train_labels), whole=True)
-        given = asdict(settings) | {"dataset": data.name, "checksum": data.checksum}
-        given |= {"hidden": list(settings.hidden)}
-        run = {"settings": given, "epoch": 0, "epochs": []}
-        run = (store and store.latest(given)) or run
-        plan = (data.pixels, data.classes, len(data.train_labels), len(data.test_labels))
-        data = data.to(ranks.device)
+    store = Checkpoint(checkpoint) if checkpoint else None
+    data, run, plan = _prepare(settings, ranks, store) if ranks.rank == 0 else (None, None, None)
     cuda = ranks.device.type == "cuda"
-    torch.ones(64, 64) @ torch.ones(64, 64)  # loads what any program loads
-    memory.reset_peak(cuda)
-    before = 0 if cuda else memory.resident_bytes()
-    share = None
-    if ranks.rank == 0:  # whose refusals come before the others begin
-        share = _share(settings, plan, ranks)
-    plan, done = ranks.pass_up((plan, run and run["epoch"]))
-    share = share or _share(settings, plan, ranks)
-    if done:
-        store.load_layers(share, done)
+    before = _baseline(cuda)
+    plan = plan or ranks.pass_up()
+    share = _share(settings, plan, ranks)
+    if data:  # nothing was refused: the others may begin
+        ranks.pass_up(plan)
     generator = torch.Generator().manual_seed(settings.seed)
-    if run and "generator" in run:
-        generator.set_state(run["generator"])
-
-    numbers = range(done + 1, settings.epochs + 1)
-    busy, spent, timeline = 0.0, 0.0, []
-    ranks.collect(None)
-    for epoch in progress.track(numbers, "epoch", done, settings.epochs) if data else numbers:
-        ranks.pass_up()
-        start = time.perf_counter()
-        sizes = _sizes(plan[2], settings.batch_size, 2)
-        rows = ranks.received(sizes, share.gradient, share.own()[0].weight.shape[1])
+    if plan.epoch:
+        store.load_layers(share, plan.epoch)
         if data:
-            rows = _inputs(share, data, settings.batch_size, generator)
-        progressed = ((epoch - 1) / settings.epochs, epoch / settings.epochs)
-        losses, timeline, worked = _train_epoch(
-            share, ranks, rows, len(sizes), settings.learning_rate, progressed
-        )
-        _refuse_non_finite(losses, share, epoch)
-        found = ranks.collect(losses)
-        seconds = time.perf_counter() - start
-        busy, spent = busy + worked, spent + seconds
-        timeline = [[round(t - start, 6) for t in span] for span in timeline[:DRAWN]]
+            generator.set_state(run["generator"])
+    stage = Stage(settings, ranks, plan, share, data, generator)
+    work = {"busy": None, "timeline": []}
+    numbers = range(plan.epoch + 1, settings.epochs + 1)
+    if data:
+        numbers = progress.track(numbers, "epoch", plan.epoch, settings.epochs)
+    ranks.collect(None)  # all are ready
+    for epoch in numbers:
+        row, work = stage.train_epoch(epoch)
         if store:
             store.save_layers(share, epoch)
-            ranks.collect(None)
+            ranks.collect(None)  # all are written
         if data:
-            row = {"epoch": epoch, "seconds": seconds}
-            losses = [loss for part in found for loss in part]
-            row |= {f"loss_{number}": loss for number, loss in enumerate(losses, start=1)}
             run |= {"epoch": epoch, "epochs": [*run["epochs"], row]}
             run |= {"generator": generator.get_state()}
             if store:
                 store.complete(run)
-
-    about = {
+    error = stage.test_error()
+    mine = {
         "layers": [number + 1 for number in share.mine],
         "tensor_bytes": sum(t.nbytes for t in [*share.parameters(), *share.buffers()]),
         "peak_bytes": memory.peak_bytes(cuda) - before,
-        "busy": busy / spent if spent else None,
-        "timeline": timeline,
+        **work,
     }
-    error = _test_error(share, ranks, data, plan, settings.batch_size)
-    found = ranks.collect((about, [digest(layer) for layer in share.own()]))
+    found = ranks.collect((mine, [digest(layer) for layer in share.own()]))
     if not data:
         return None
     return {
@@ -384,6 +366,99 @@ def train(settings: Settings, ranks: Ranks, checkpoint: Path | None = None) -> d
     }
 
 
+class Stage:
+    """One rank's layers at work. The first rank has the data and makes inputs of it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        ranks: Ranks,
+        plan: Plan,
+        share: Share,
+        data: Dataset | None,
+        generator: torch.Generator,
+    ) -> None:
+        self.settings, self.ranks, self.plan = settings, ranks, plan
+        self.share, self.data, self.generator = share, data, generator
+        self.rows = 2 * settings.batch_size
+        self.room = None
+        if not data:
+            size = (IN_FLIGHT, max(self.rows, plan.classes), share.own()[0].weight.shape[1])
+            self.room = share.gradient.new_empty(size)
+
+    def train_epoch(self, epoch: int) -> tuple[dict | None, dict]:
+        """Train on every batch; returns the epoch's row, on the first rank, and this one's work."""
+        sizes = _sizes(self.plan.train, self.settings.batch_size, 2)
+        self.ranks.pass_up()
+        start = time.perf_counter()
+        total, times = 0, []
+        for number, h in enumerate(self._samples() if self.data else self._received(sizes)):
+            begun = time.perf_counter()
+            done = (epoch - 1 + number / len(sizes)) / self.settings.epochs
+            rate = self.settings.learning_rate * min(1.0, 2 * (1 - done))
+            positives, losses = len(h) // 2, []
+            for layer in self.share.own():
+                h, loss = layer.step(h, positives, rate, self.share.gradient)
+                losses.append(loss)
+            total = total + torch.stack(losses)
+            if h.is_cuda and number < DRAWN:
+                torch.cuda.synchronize()
+            times.append((begun - start, time.perf_counter() - start))
+            self.ranks.send(h)
+        self.ranks.flush()
+        mean = (total / len(sizes)).tolist()
+        _refuse_non_finite(mean, self.share, epoch)
+        found = self.ranks.collect(mean)
+        seconds, row = time.perf_counter() - start, None
+        if found:
+            losses = enumerate((loss for part in found for loss in part), start=1)
+            row = {"epoch": epoch, "seconds": seconds} | {f"loss_{k}": loss for k, loss in losses}
+        busy = sum(end - begun for begun, end in times) / seconds
+        return row, {"busy": busy, "timeline": times[:DRAWN]}
+
+    def test_error(self) -> float | None:
+        """Share of test images whose label with the most goodness, over all layers, is wrong.
+
+        Images go up with every label at once; each rank adds its layers' goodness, and the first
+        one the ranks' sums.
+        """
+        classes, samples = self.plan.classes, self.plan.test
+        each = max(1, min(EVALUATION_ROWS, self.rows) // classes)
+        rows = self._tests(each) if self.data else self._received(_sizes(samples, each, classes))
+        sums, done = torch.empty(samples, classes), 0
+        for h in rows:
+            total, images = 0, len(h) // classes
+            for layer in self.share.own():
+                h = layer(h)
+                total = total + goodness(h)
+                normalise_(h, self.share.normalisation)
+            self.ranks.send(h)
+            sums[done : done + images] = total.view(images, classes)
+            done += images
+        self.ranks.flush()
+        found = self.ranks.collect(sums)
+        if not found:
+            return None
+        wrong = sum(found).argmax(1) != self.data.test_labels.cpu()
+        return float(wrong.sum()) / samples
+
+    def _received(self, sizes: list[int]) -> Iterator[torch.Tensor]:
+        return self.ranks.received(sizes, self.room)
+
+    def _samples(self) -> Iterator[torch.Tensor]:
+        """What the first layer is trained on, half positive, half negative."""
+        for images, labels in training.batches(self.data, self.settings.batch_size, self.generator):
+            wrong = pairs.random_negatives(labels, self.data.classes, self.generator)
+            yield self.share.inputs(images.repeat(2, 1), torch.cat([labels, wrong]))
+
+    def _tests(self, each: int) -> Iterator[torch.Tensor]:
+        """`each` test images at a time, every one under every label."""
+        every = torch.arange(self.data.classes, device=self.ranks.device)
+        for images, _ in training.test_batches(self.data, each):
+            labels = every.repeat(len(images))
+            yield self.share.inputs(images.repeat_interleave(len(every), 0), labels)
+
+
 def digest(layer: FFLayer) -> str:
     """Short SHA-256 of a layer's weights and optimizer state."""
     found = hashlib.sha256()
@@ -392,66 +467,49 @@ def digest(layer: FFLayer) -> str:
     return found.hexdigest()[:16]
 
 
-def _check(settings: Settings, ranks: int) -> None:
+def _prepare(
+    settings: Settings, ranks: Ranks, store: Checkpoint | None
+) -> tuple[Dataset, dict, Plan]:
+    """On the first rank: refuse what is wrong, load the data, and see what is done."""
     checks.number("train_size", settings.train_size, 0, whole=True)
     checks.number("epochs", settings.epochs, 1, whole=True)
     checks.number("learning_rate", settings.learning_rate, 0, 1, above=True)
     checks.whole_numbers("hidden", settings.hidden, 1)
-    if ranks > len(settings.hidden):
+    if ranks.size > len(settings.hidden):
         raise ValueError(
-            f"hidden has {len(settings.hidden)} layers for {ranks} ranks; give each rank at least "
-            "one layer."
+            f"hidden has {len(settings.hidden)} layers for {ranks.size} ranks; give at least one "
+            "layer for each."
         )
+    data = datasets.load(settings.dataset, settings.train_size or None)
+    count = len(data.train_labels)
+    checks.number("batch_size", settings.batch_size, 1, count, whole=True)
+    given = asdict(settings) | {"hidden": list(settings.hidden)}
+    given |= {"dataset": data.name, "checksum": data.checksum}
+    run = {"settings": given, "epoch": 0, "epochs": []}
+    if store:
+        run = store.latest(given) or run
+    plan = Plan(data.pixels, data.classes, count, len(data.test_labels), run["epoch"])
+    return data.to(ranks.device), run, plan
 
 
-def _share(settings: Settings, plan: tuple, ranks: Ranks) -> Share:
-    pixels, classes = plan[:2]
-    mine = shares([pixels, *settings.hidden], ranks.size)[ranks.rank]
+def _baseline(cuda: bool) -> int:
+    """Bytes this process has before there are layers."""
+    torch.ones(64, 64) @ torch.ones(64, 64)  # loads what any program loads
+    memory.reset_peak(cuda)
+    return 0 if cuda else memory.resident_bytes()
+
+
+def _share(settings: Settings, plan: Plan, ranks: Ranks) -> Share:
+    mine = shares([plan.pixels, *settings.hidden], ranks.size)[ranks.rank]
     kind = {name: getattr(settings, name) for name in ("label_scale", "theta", "scale", "seed")}
-    return Share(pixels, classes, list(settings.hidden), mine, device=ranks.device, **kind)
+    sizes = (plan.pixels, plan.classes, list(settings.hidden))
+    return Share(*sizes, mine, device=ranks.device, **kind)
 
 
 def _sizes(samples: int, batch_size: int, rows: int) -> list[int]:
     """Rows of every batch, with `rows` for each sample."""
     starts = range(0, samples, batch_size)
     return [rows * min(batch_size, samples - start) for start in starts]
-
-
-def _inputs(
-    share: Share, data: Dataset, batch_size: int, generator: torch.Generator
-) -> Iterator[torch.Tensor]:
-    """What the first layer is trained on, half positive, half negative."""
-    for images, labels in training.batches(data, batch_size, generator):
-        wrong = pairs.random_negatives(labels, data.classes, generator)
-        yield share.inputs(images.repeat(2, 1), torch.cat([labels, wrong]))
-
-
-def _train_epoch(
-    share: Share,
-    ranks: Ranks,
-    rows: Iterator[torch.Tensor],
-    batches: int,
-    learning_rate: float,
-    progressed: tuple[float, float],
-) -> tuple[list[float], list[tuple[float, float]], float]:
-    """Train on every batch of `rows`: each layer's mean loss, the times of work, their sum."""
-    total, times = 0, []
-    low, high = progressed
-    for number, h in enumerate(rows):
-        start = time.perf_counter()
-        done = low + (high - low) * number / batches
-        rate = learning_rate * min(1.0, 2 * (1 - done))
-        positives, losses = len(h) // 2, []
-        for layer in share.own():
-            h, loss = layer.step(h, positives, rate, share.gradient)
-            losses.append(loss)
-        total = total + torch.stack(losses)
-        if h.is_cuda and number < DRAWN:
-            torch.cuda.synchronize()
-        times.append((start, time.perf_counter()))
-        ranks.send(h)
-    ranks.flush()
-    return (total / batches).tolist(), times, sum(end - start for start, end in times)
 
 
 def _refuse_non_finite(losses: list[float], share: Share, epoch: int) -> None:
@@ -464,24 +522,24 @@ def _refuse_non_finite(losses: list[float], share: Share, epoch: int) -> None:
 
 
 def _test_error(
-    share: Share, ranks: Ranks, data: Dataset | None, plan: tuple, batch_size: int
+    share: Share, ranks: Ranks, data: Dataset | None, plan: tuple, room: torch.Tensor, most: int
 ) -> float | None:
     """Share of test images whose label with the most goodness, over all layers, is wrong.
 
-    Images go up with every label at once; each rank adds its layers' goodness, and the first
-    rank the ranks' sums.
+    Images go up with every label at once, in at most `most` rows where that holds one; each rank
+    adds its layers' goodness, and the first rank the ranks' sums.
     """
     _, classes, _, samples = plan
-    each = max(1, min(EVALUATION_ROWS, 2 * batch_size) // classes)  # no more rows than in training
+    each = max(1, min(EVALUATION_ROWS, most) // classes)
     sizes = _sizes(samples, each, classes)
-    rows = ranks.received(sizes, share.gradient, share.own()[0].weight.shape[1])
+    rows = ranks.received(sizes, room)
     if data:
         every = torch.arange(classes, device=ranks.device)
         rows = (
             share.inputs(images.repeat_interleave(classes, 0), every.repeat(len(images)))
             for images, _ in training.test_batches(data, each)
         )
-    found = []
+    sums, done = torch.empty(samples, classes), 0
     for h in rows:
         total = 0
         for layer in share.own():
@@ -489,12 +547,14 @@ def _test_error(
             total = total + goodness(h)
             normalise_(h, share.normalisation)
         ranks.send(h)
-        found.append(total.view(-1, classes).cpu())
+        images = len(h) // classes
+        sums[done : done + images] = total.view(images, classes)
+        done += images
     ranks.flush()
-    sums = ranks.collect(torch.cat(found))
+    found = ranks.collect(sums)
     if not data:
         return None
-    wrong = sum(sums).argmax(1) != data.test_labels.cpu()
+    wrong = sum(found).argmax(1) != data.test_labels.cpu()
     return float(wrong.sum()) / samples
 
 
@@ -546,6 +606,7 @@ def launch(ranks: int, settings: Settings, checkpoint: str | os.PathLike | None 
         done = subprocess.run(
             [*command, "--record", str(record)],
             cwd=paths.ROOT,
+            env=os.environ | memory.RETURN_FREED_MEMORY,
             capture_output=True,
             text=True,
             check=False,
