@@ -589,6 +589,15 @@ def backprop_timeline(
 # --- Processes ------------------------------------------------------------------------------
 
 
+def as_options(settings: Settings) -> list[str]:
+    """Settings as they are given on the command line."""
+    found = []
+    for name, value in asdict(settings).items():
+        many = value if isinstance(value, list | tuple) else [value]
+        found += [f"--{name.replace('_', '-')}", *map(str, many)]
+    return found
+
+
 def launch(ranks: int, settings: Settings, checkpoint: str | os.PathLike | None = None) -> dict:
     """Train in `ranks` fresh processes of this machine, one thread each; returns the record.
 
@@ -598,9 +607,7 @@ def launch(ranks: int, settings: Settings, checkpoint: str | os.PathLike | None 
         record = Path(folder) / "record.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(ranks), "-m", "ff_utils.pipelined"]
-        for name, value in asdict(settings).items():
-            many = value if isinstance(value, list | tuple) else [value]
-            command += [f"--{name.replace('_', '-')}", *map(str, many)]
+        command += as_options(settings)
         if checkpoint:
             command += ["--checkpoint", str(Path(checkpoint).resolve())]
         done = subprocess.run(
