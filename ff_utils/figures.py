@@ -590,3 +590,45 @@ def points(
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     _note(figure, note)
     return figure
+
+
+# --- Past one machine -----------------------------------------------------------------------
+
+
+def pipelines(
+    measured: Sequence[Sequence[tuple[float, float]]],
+    computed: Sequence[Sequence[tuple[float, float, str]]],
+    *,
+    title: str,
+    note: str = "",
+) -> Figure:
+    """Ranks at work over time: FF as measured, above backprop as computed, one row a rank.
+
+    measured: (start, end) of every batch on each rank, numbered as drawn; computed: (start, end,
+    "forward" or "backward"). Seconds; the first rank is at the bottom, as its layers are.
+    """
+    figure, axes = plt.subplots(
+        2, 1, figsize=(8, 1.6 + 0.9 * len(measured)), sharex=True, sharey=True
+    )
+    for rank, (spans, parts) in enumerate(zip(measured, computed, strict=True)):
+        for batch, (start, end) in enumerate(spans):
+            colour = (ORANGE, PALE_ORANGE)[batch % 2]
+            axes[0].barh(rank, end - start, left=start, color=colour, height=0.8, lw=0)
+            place = {"ha": "center", "va": "center", "fontsize": 8}
+            axes[0].text((start + end) / 2, rank, str(batch + 1), **place)
+        for start, end, kind in parts:
+            colour = BLUE if kind == "forward" else PALE_BLUE
+            label = kind if rank == 0 and kind not in axes[1].get_legend_handles_labels()[1] else ""
+            bar = {"color": colour, "height": 0.8, "lw": 0.4, "edgecolor": "white"}
+            axes[1].barh(rank, end - start, left=start, label=label, **bar)
+    for axis in axes:
+        axis.set_yticks(range(len(measured)), [f"rank {rank}" for rank in range(len(measured))])
+        axis.grid(False)
+    axes[0].set_title("Forward-Forward, measured: batches, by number", fontsize=10, weight="normal")
+    name = "backpropagation, computed from the same times: parts of as many batches"
+    axes[1].set_title(name, fontsize=10, weight="normal")
+    axes[1].set_xlabel("seconds")
+    figure.legend(ncols=2, fontsize=8.5, loc="outside lower right")
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
+    _note(figure, note)
+    return figure

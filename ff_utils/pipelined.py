@@ -276,9 +276,7 @@ class Checkpoint:
 
 
 def _save(state: dict, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(state, temporary)
-    temporary.replace(path)
+    files.replace(path, lambda temporary: torch.save(state, temporary))
 
 
 def _load(path: Path, device: torch.device | str = "cpu") -> dict:

@@ -62,7 +62,7 @@ def test_notebooks_keep_the_house_rules(path):
     notebook = nbformat.read(path, 4)
     cells = code(path)
     opening = notebook.cells[0].source
-    assert re.match(r"# \d · ", opening) and "?**" in opening
+    assert re.match(r"# \d+ · ", opening) and "?**" in opening
     assert re.search(r"It\s+takes", opening)
     assert len(notebook.cells) <= 32
     lengths = [c.source.count("\n") + 1 for c in cells]
