@@ -628,7 +628,7 @@ def pipelines(
     name = "backpropagation, computed from the same times: parts of as many batches"
     axes[1].set_title(name, fontsize=10, weight="normal")
     axes[1].set_xlabel("seconds")
-    figure.legend(ncols=2, fontsize=8.5, loc="outside lower right")
+    figure.legend(ncols=2, fontsize=8.5, loc="outside upper right")
     figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
     _note(figure, note)
     return figure
