@@ -656,7 +656,10 @@ def main(arguments: list[str] | None = None) -> None:
     if dist.is_torchelastic_launched():
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(threads)
-    ranks = Ranks(patience)
+    try:
+        ranks = Ranks(patience)
+    except RuntimeError as error:
+        parser.exit(1, f"error: the ranks did not all meet within {patience:g} s: {error}\n")
     # torchrun ends the others when one is lost: let each find out which, and say so, first.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
     try:
