@@ -29,7 +29,7 @@ endif
 help:  ## print this help
 	@echo "make TARGET [PROFILE=smoke|default|paper]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' Makefile
-	@echo "  01 ... 06     execute one notebook, and those whose records it reads"
+	@echo "  01 ... 10     execute one notebook, and those whose records it reads"
 
 reproduce: data $(NAMES:%=$(OUT)/%.html)  ## environment, data, every notebook and figure
 
@@ -95,4 +95,6 @@ $(foreach name,$(NAMES),$(eval $(call numbered,$(name))))
 # Notebooks that read the records of others.
 $(OUT)/04_backprop_baseline.ipynb: $(OUT)/02_ff_training.ipynb
 $(OUT)/06_figures.ipynb: data/claims.yaml $(OUT)/02_ff_training.ipynb $(OUT)/03_ff_language_model.ipynb \
-  $(OUT)/04_backprop_baseline.ipynb $(OUT)/05_memory_profiling.ipynb
+  $(OUT)/04_backprop_baseline.ipynb $(OUT)/05_memory_profiling.ipynb $(OUT)/07_every_form.ipynb \
+  $(OUT)/10_past_one_machine.ipynb
+$(OUT)/07_every_form.ipynb: $(wildcard data/results/study/*.json)

@@ -99,7 +99,7 @@ def judge(records: dict[str, dict]) -> pd.DataFrame:
     """Every claim with what was measured and the verdict that follows.
 
     records: by notebook, as `results.read` gives them; what a GPU measured is looked up beside
-    them, and a claim about that stays open until it is there. Columns: claim, source, claimed,
+    them. A claim may stay open until its metric is there. Columns: claim, source, claimed,
     measured (both with their units), verdict, expected (the ledger's), why.
     """
     rows = []
@@ -132,9 +132,8 @@ def _lookup(claim: dict, records: dict[str, dict]) -> float | None:
     value = records.get(notebook, {}).get("metrics", {})
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None
-    on_gpu = notebook == "reference"
-    if value is None and not (on_gpu and claim["verdict"] == "open"):
-        remedy = "make gpu-reference" if on_gpu else f"make {notebook[:2]}"
+    if value is None and claim["verdict"] != "open":
+        remedy = "make gpu-reference" if notebook == "reference" else f"make {notebook[:2]}"
         raise ValueError(
             f"{paths.relative(LEDGER)}: {claim['metric']} is in no record; run `{remedy}`."
         )
