@@ -60,8 +60,8 @@ def _caption(records: dict[str, dict]) -> str:
     if found.empty:
         return "Lines: simulated tensor by tensor. No GPU has measured them yet."
     return (
-        f"Lines: simulated tensor by tensor. Circles: the peak of an {found.gpu.iloc[0]}'s "
-        "allocator, with its rounding and cuBLAS's workspace."
+        f"Lines: simulated tensor by tensor. Circles: the peak of {found.gpu.iloc[0]}'s allocator, "
+        "with its rounding and cuBLAS's workspace."
     )
 
 
