@@ -67,7 +67,8 @@ def points(arms: list[str], depths: list[int], deepest: int, hidden: int, batch:
     found = steps(arms, ordered[0]) + steps(lean, deepest) + trained
     for depth in ordered[1:]:
         found += steps(arms, depth)
-    return found + steps(others, deepest)
+    found += steps(others, deepest)
+    return list({_key(point): point for point in found}.values())
 
 
 def spread(depths: list[int]) -> list[int]:
