@@ -11,7 +11,7 @@ from ff_utils import checks, pairs
 from ff_utils.layers import FFLayer, LocalSoftmax, normalise_
 from ff_utils.live_bytes import counted_as
 
-PREDICTIONS = ("goodness", "softmax")
+PREDICTIONS = ("softmax", "goodness", "both")
 EVALUATION_ROWS = 2000
 
 
@@ -203,19 +203,30 @@ class ForwardForward(nn.Module):
             found[number] = g.view(self.classes, count)
         return found.transpose(1, 2)
 
+    def scores(self, images: torch.Tensor, by: str) -> torch.Tensor:
+        """What each label has for it: images (N, pixels) -> (N, classes), largest is best.
+
+        by: "softmax", the logits under the neutral label; "goodness", summed over all layers;
+            "both", the log probability of the softmax plus, as a mean over layers, the goodness
+            times its sharpness `scale`, which makes it a log probability too.
+        """
+        checks.one_of("by", by, PREDICTIONS)
+        if by == "softmax":
+            return self.guess(images)
+        found = self.label_goodness(images)
+        if by == "goodness":
+            return found.sum(0)
+        return found.mean(0).mul_(self.settings["scale"]).add_(self.guess(images).log_softmax(1))
+
     def predict(
         self, images: torch.Tensor, by: str = "goodness", rows: int = EVALUATION_ROWS
     ) -> torch.Tensor:
         """Class of each image (N,), `rows` network inputs at a time so that memory stays small.
 
-        by: "goodness" takes the label with the most goodness, summed over all layers;
-            "softmax" the most probable one under the neutral label.
+        by: as in `scores`, whose largest is taken.
         """
-        checks.one_of("by", by, PREDICTIONS)
-        if by == "softmax":
-            return torch.cat([self.guess(part).argmax(1) for part in images.split(rows)])
-        parts = images.split(max(1, rows // self.classes))
-        return torch.cat([self.label_goodness(part).sum(0).argmax(1) for part in parts])
+        size = rows if by == "softmax" else max(1, rows // self.classes)
+        return torch.cat([self.scores(part, by).argmax(1) for part in images.split(size)])
 
 
 def backprop_network(

@@ -17,7 +17,7 @@ from ff_utils.datasets import Dataset
 from ff_utils.layers import FFLayer, LocalSoftmax, normalise_
 from ff_utils.networks import EVALUATION_ROWS, ForwardForward
 from ff_utils.pairs import EPSILON
-from ff_utils.training import fit, refuse_silent, test_batches
+from ff_utils.training import fit, prediction_error, refuse_silent
 
 # A layer's activities, normalised, and what each row was divided by: (rows, width) and (rows,).
 State = tuple[torch.Tensor, torch.Tensor]
@@ -222,6 +222,7 @@ class RecurrentForwardForward(nn.Module):
             total = total + found if moment in self.counted else 0
         return total.view(-1, self.classes, count).transpose(1, 2)
 
+    scores = ForwardForward.scores
     predict = ForwardForward.predict
 
 
@@ -244,7 +245,7 @@ def train_recurrent(
     def measure(_, epoch: int) -> dict:
         _, _, states = network.start(data.test_images[:EVALUATION_ROWS])
         refuse_silent((h for h, _ in states), epoch)
-        return {"error": error_by(network, data, "softmax"), **after_epoch()}
+        return {"error": prediction_error(network, data, "softmax"), **after_epoch()}
 
     about = {"network": network.settings}
     return fit(network, data, step, measure, about=about, **course)
@@ -268,11 +269,3 @@ def recurrent_step(
     losses = network.step(images, drive, states, labels, wrong, learning_rate)
     found = {f"loss_{k}": loss for k, loss in enumerate(losses, start=1)}
     return found | {"softmax_loss": softmax_loss}
-
-
-def error_by(network: RecurrentForwardForward, data: Dataset, by: str = "goodness") -> float:
-    """Share of `data`'s test images that `network` gets wrong; by: as in `predict`."""
-    wrong = sum(
-        (network.predict(images, by) != labels).sum() for images, labels in test_batches(data)
-    )
-    return float(wrong) / len(data.test_labels)

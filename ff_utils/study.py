@@ -17,7 +17,7 @@ from torch import nn
 from ff_utils import checks, datasets, files, paths, recurrent, results, training, unsupervised
 from ff_utils.datasets import Dataset
 from ff_utils.local_fields import CIFAR_FIELDS, MNIST_FIELDS, LocalForwardForward
-from ff_utils.networks import ForwardForward, backprop_network
+from ff_utils.networks import PREDICTIONS, ForwardForward, backprop_network
 from ff_utils.recurrent import RecurrentForwardForward
 
 PROFILE = "study"  # its records' folder below data/results/
@@ -66,13 +66,8 @@ def _train(network: ForwardForward, data: Dataset, **course: object) -> pd.DataF
     return training.train_forward_forward(network, data, after_epoch=note, **course)
 
 
-def _errors(network: ForwardForward, data: Dataset) -> dict[str, float]:
-    by_goodness = training.goodness_errors(network, data)[-1]
-    return {"softmax": training.softmax_error(network, data), "goodness": by_goodness}
-
-
-def _recurrent_errors(network: RecurrentForwardForward, data: Dataset) -> dict[str, float]:
-    return {by: recurrent.error_by(network, data, by) for by in ("softmax", "goodness")}
+def _errors(network: nn.Module, data: Dataset) -> dict[str, float]:
+    return {by: training.prediction_error(network, data, by) for by in PREDICTIONS}
 
 
 def _softmax_error(network: ForwardForward, data: Dataset) -> dict[str, float]:
@@ -130,7 +125,7 @@ STUDIES = {
         0.0131,
         _recurrent,
         recurrent.train_recurrent,
-        _recurrent_errors,
+        _errors,
         choices={"hidden": [1000, 1000], "label_scale": 10.0, "loss": "pairwise", "scale": 30.0},
         course=COURSE,
     ),

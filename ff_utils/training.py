@@ -362,6 +362,14 @@ def softmax_error(network: ForwardForward, data: Dataset, depth: int | None = No
     return float(wrong) / len(data.test_labels)
 
 
+def prediction_error(network: nn.Module, data: Dataset, by: str) -> float:
+    """Share of `data`'s test images that `network` gets wrong; by: as in `predict`."""
+    wrong = sum(
+        (network.predict(images, by) != labels).sum() for images, labels in test_batches(data)
+    )
+    return float(wrong) / len(data.test_labels)
+
+
 def goodness_errors(network: ForwardForward, data: Dataset) -> list[float]:
     """Test error by the goodness of each layer alone, then by the sum over all layers."""
     wrong = 0

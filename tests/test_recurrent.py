@@ -3,7 +3,8 @@ import torch
 from torch.nn.functional import softplus
 
 from ff_utils import datasets, networks, training
-from ff_utils.recurrent import RecurrentForwardForward, error_by, recurrent_step, train_recurrent
+from ff_utils.recurrent import RecurrentForwardForward, recurrent_step, train_recurrent
+from ff_utils.training import prediction_error
 
 SIZES = [(9,), (8, 6), (8, 5, 7)]
 
@@ -152,8 +153,8 @@ def train(network, data, **course):
 def test_it_learns_digits_by_either_prediction(digits):
     network = small(digits)
     history = train(network, digits, epochs=10)
-    assert history.error.iloc[-1] == error_by(network, digits, "softmax") < 0.08
-    found = error_by(network, digits)
+    assert history.error.iloc[-1] == prediction_error(network, digits, "softmax") < 0.08
+    found = prediction_error(network, digits, "goodness")
     assert found == pytest.approx(training.goodness_errors(network, digits)[-1])
     assert found < 0.08
     assert {"loss_1", "loss_2", "softmax_loss", "seconds"} <= set(history)
