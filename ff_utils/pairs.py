@@ -78,6 +78,13 @@ class Labelled:
         rows.labels = labels
         return rows
 
+    def drop_pixels(self, share: float, generator: torch.Generator) -> None:
+        """Set a random `share` of each image's pixels to zero, and raise the others so that their
+        sum stays what it was, on average: dropout. Every label meets the same image."""
+        draw = torch.rand(self.image.shape, generator=generator, device=generator.device)
+        kept = (draw >= share).to(self.image)
+        self.image = kept.mul_(self.image).div_(1 - share)
+
     def __len__(self) -> int:
         """Rows."""
         return len(self.labels) * len(self.image)

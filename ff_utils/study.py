@@ -80,7 +80,7 @@ def _backprop_errors(network: nn.Module, data: Dataset) -> dict[str, float]:
 
 WIDTHS = [1000, 1000, 1000]
 SUPERVISED = {"hidden": WIDTHS, "label_scale": 4.0, "loss": "pairwise", "scale": 30.0}
-COURSE = {"epochs": 60, "batch_size": 100, "learning_rate": 0.001}
+COURSE = {"epochs": 50, "batch_size": 100, "learning_rate": 0.001}
 LOCAL = {"label_scale": 2.0, "loss": "pairwise", "scale": 30.0}
 FF_COURSE = COURSE | {"guess_share": 0.5, "softmax_rate": 0.1}
 STUDIES = {
@@ -91,7 +91,7 @@ STUDIES = {
         _train,
         _errors,
         choices=SUPERVISED,
-        course=FF_COURSE,
+        course=FF_COURSE | {"dropout": 0.2},
     ),
     "jittered": Study(
         "supervised, images shifted by up to two pixels",

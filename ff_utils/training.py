@@ -152,6 +152,7 @@ def train_forward_forward(
     negatives: str = "hard",
     guess_share: float = 1.0,
     softmax_rate: float = 1.0,
+    dropout: float = 0.0,
     rollout_length: int = 90,
     after_epoch: Callable[[], dict] = dict,
     **course: object,
@@ -169,6 +170,7 @@ def train_forward_forward(
         has lately guessed for images of the same class.
     softmax_rate: the softmax's learning rate, as a share of the layers'. It learns faster than
         they do and, in long trainings, too much by heart.
+    dropout: share of the pixels set to zero, others for every batch.
     after_epoch: gives more to note of each epoch.
     course: as in `fit`. Of batch_size images, each gives one positive and one negative row.
     Columns: epoch, stage (the layer trained, from 0; None for all), loss_1 ... (each layer's
@@ -179,6 +181,7 @@ def train_forward_forward(
     checks.one_of("negatives", negatives, (*pairs.NEGATIVES, "rollout"))
     checks.number("guess_share", guess_share, 0, 1, above=True)
     checks.number("softmax_rate", softmax_rate, 0, 1, above=True)
+    checks.number("dropout", dropout, 0, 0.9)
     if network.softmax is None:
         raise ValueError(
             "this network was built with guesses=False: train it by train_layer_after_layer."
@@ -196,7 +199,7 @@ def train_forward_forward(
     def step(stage: int | None, *batch: object) -> dict[str, torch.Tensor]:
         *_, generator = batch
         guess = guess_share == 1 or float(torch.rand((), generator=generator)) < guess_share
-        return forward_forward_step(network, stage, *batch, kind, guess, softmax_rate)
+        return forward_forward_step(network, stage, *batch, kind, guess, softmax_rate, dropout)
 
     def measure(stage: int | None, epoch: int) -> dict:
         depth = len(network.layers) if stage is None else stage + 1
@@ -206,7 +209,7 @@ def train_forward_forward(
 
     stages = [None] if schedule == "joint" else list(range(len(network.layers)))
     about = {"negatives": negatives, "guess_share": guess_share, "softmax_rate": softmax_rate}
-    about |= {"network": network.settings}
+    about |= {"dropout": dropout, "network": network.settings}
     if streams:
         about["rollout_length"] = rollout_length
     kept = {"optimizers": streams, "about": about}
@@ -223,6 +226,7 @@ def forward_forward_step(
     negatives: str | pairs.Rollouts = "hard",
     guess: bool = True,
     softmax_rate: float = 1.0,
+    dropout: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """One batch through the softmax and the layers; returns their losses by name.
 
@@ -232,6 +236,8 @@ def forward_forward_step(
     """
     depth = len(network.layers) if stage is None else stage + 1
     rows, softmax, found = network.labelled(images), network.softmax, {}
+    if dropout:
+        rows.drop_pixels(dropout, generator)
     if guess:
         neutral = network.keep(network.activities(rows.with_labels(None), depth))
         logits = softmax(neutral)
