@@ -90,6 +90,13 @@ def test_the_recurrent_network_of_the_seed_needs_what_was_measured_of_it():
         assert report.peak_bytes / 1e6 == pytest.approx(megabytes, rel=0.01)
 
 
+def test_the_recurrent_network_done_right_needs_less_than_two_thirds_of_the_seeds():
+    for depth in (2, 7, 15):
+        setting = Setting(depth, 2000, 5000)
+        peaks = [closed_form.peak(a, setting) for a in ("ff_recurrent_analytic", "ff_recurrent")]
+        assert peaks[0] < 2 / 3 * peaks[1]
+
+
 def test_all_remedies_together_need_the_least_backprop_can_without_streaming():
     family = [a for a in ARMS if a.startswith("backprop") and "streamed" not in a]
     for depth in (2, 12, 47):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import softplus
 
-from ff_utils import datasets, networks, training
+from ff_utils import arms, datasets, memory, networks, training
 from ff_utils.recurrent import RecurrentForwardForward, recurrent_step, train_recurrent
 from ff_utils.training import prediction_error
 
@@ -139,6 +139,14 @@ def test_prediction_does_not_depend_on_the_chunk():
         whole = network.predict(images(), by)
         assert len(whole.unique()) > 1
         assert torch.equal(whole, network.predict(images(), by, rows=2))
+
+
+def test_time_steps_cost_no_memory():
+    peaks, rows = [], torch.rand(40, 20, dtype=torch.float64)
+    for steps in (5, 20):
+        arm = arms.recurrent_arm(make(steps=steps), rows, torch.zeros(40, dtype=torch.long))
+        peaks.append(memory.watch_step(arm).peak_bytes)
+    assert peaks[0] == peaks[1]
 
 
 @pytest.fixture(scope="module")
