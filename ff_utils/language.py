@@ -233,29 +233,27 @@ def choose(
     method: str,
     data: Dataset,
     hidden: list[int],
-    rates: list[float],
-    epochs: list[int],
+    grid: dict[str, list],
     *,
     checkpoints: str = "",
     **settings: object,
 ) -> tuple[Guess, pd.DataFrame, pd.DataFrame]:
-    """Train at every learning rate, for every number of epochs: guess and history of the network
-    that ends with the lowest perplexity on `data`'s test text, which must be a validation part.
+    """Train with every combination of a grid's values: guess and history of the network that ends
+    with the lowest perplexity on `data`'s test text, which must be a validation part.
 
+    grid: of settings of `train`, each with the values to try. settings: the others.
     checkpoints: a folder below the repository's in which each run saves itself and goes on; empty
         for none.
-    settings: as in `train`. The third thing returned is a table, a row a run: method,
-    learning_rate, epochs, perplexity, error.
+    The third thing returned is a table, a row a run: method, the grid's, perplexity, error.
     """
     best, rows = None, []
-    for count, rate in product(epochs, rates):
-        name = f"language-{method}-{count}-{rate:g}.pt"
-        place = paths.ROOT / checkpoints / name if checkpoints else None
-        course = {"epochs": count, "learning_rate": rate, "checkpoint": place}
-        guess, history = train(method, data, hidden, **course, **settings)
+    for values in product(*grid.values()):
+        name = "-".join(["language", method, *map(str, values)])
+        place = paths.ROOT / checkpoints / f"{name}.pt" if checkpoints else None
+        tried = dict(zip(grid, values, strict=True))
+        guess, history = train(method, data, hidden, checkpoint=place, **tried, **settings)
         end = history.iloc[-1]
-        row = {"method": method, "learning_rate": rate, "epochs": count}
-        rows.append(row | {"perplexity": end.perplexity, "error": end.error})
+        rows.append({"method": method, **tried, "perplexity": end.perplexity, "error": end.error})
         if best is None or end.perplexity < best[1].perplexity.iloc[-1]:
             best = guess, history
     return *best, pd.DataFrame(rows)

@@ -197,14 +197,15 @@ def test_the_course_that_ends_best_on_the_validation_text_is_chosen(saying, tmp_
     part = language.validation_part(saying)
     settings = {"batch_size": 20, "quiet": True, "checkpoints": str(tmp_path)}
     rates, epochs = [1e-5, 0.005], [1, 2]
-    guess, history, runs = language.choose("backprop", part, [30], rates, epochs, **settings)
+    grid = {"epochs": epochs, "learning_rate": rates}
+    guess, history, runs = language.choose("backprop", part, [30], grid, **settings)
     tried = set(zip(runs.epochs, runs.learning_rate, strict=True))
     assert tried == {(count, rate) for count in epochs for rate in rates}
     best = runs.loc[runs.perplexity.idxmin()]
     assert best.learning_rate == 0.005 and len(history) == best.epochs == 2
     assert language.score(guess, part)["perplexity"] == pytest.approx(best.perplexity)
     assert len(list(tmp_path.iterdir())) == 4
-    again = language.choose("backprop", part, [30], rates, epochs, **settings)
+    again = language.choose("backprop", part, [30], grid, **settings)
     assert torch.equal(again[0](part.test_images), guess(part.test_images))
 
 
