@@ -2,5 +2,5 @@
 
 Modules, each importing only those before it: checks, paths, files, progress,
 datasets, pairs, layers, networks, training, language, memory, results, reference, figures, readme,
-pipeline.
+pipeline, points, sweep.
 """

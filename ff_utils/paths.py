@@ -9,6 +9,7 @@ RESULTS = DATA / "results"
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = NOTEBOOKS / "profiles"
 BUILD = ROOT / "build"
+RECORD = "FF_RECORD"  # in a kernel's environment: the file that a sweep wants the record in
 
 
 def data_folders(dataset: str) -> list[Path]:

@@ -14,6 +14,8 @@ import logging
 import os
 import re
 import sys
+import tempfile
+from collections.abc import Collection, Iterable
 from html import escape
 from pathlib import Path
 
@@ -22,9 +24,13 @@ import yaml
 
 from ff_utils import files, paths
 
+SECONDS_TO_START = 300  # of a kernel, on a machine that does much else
+
 
 class PipelineError(RuntimeError):
-    """One sentence that says what to change."""
+    """One sentence that says what to change; `reason` is why a notebook failed, and no more."""
+
+    reason = ""
 
 
 def profile_parameters(profile: str, notebook: str) -> dict:
@@ -38,71 +44,93 @@ def profile_parameters(profile: str, notebook: str) -> dict:
     except yaml.YAMLError as error:
         raise PipelineError(f"{paths.relative(path)} is not YAML: {error}") from error
     notebooks = {p.stem for p in paths.NOTEBOOKS.glob("*.ipynb")}
-    _refuse_unknown(f"{paths.relative(path)} has a section", sections, notebooks)
+    refuse_unknown(f"{paths.relative(path)} has a section", sections, notebooks)
     return {**(sections.get(notebook) or {}), "profile": profile}
 
 
 def check_parameters(notebook: str, parameters: dict) -> None:
     """PipelineError for a parameter the notebook does not have (papermill only warns)."""
     known = files.parameter_names(notebook)
-    _refuse_unknown(f"{notebook} is given the parameter", parameters, known)
+    refuse_unknown(f"{notebook} is given the parameter", parameters, known)
 
 
-def _refuse_unknown(what: str, given, known) -> None:
+def refuse_unknown(what: str, given: Iterable[str], known: Collection[str]) -> None:
+    """PipelineError for the first name in `given` that is not in `known`, with the nearest."""
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has: {', '.join(sorted(known))}."
             raise PipelineError(f"{what} {name!r}, which does not exist: {hint}")
 
 
 def run(notebook: Path, profile: str, output: Path, overrides: dict | None = None) -> None:
-    """Execute a notebook to `output`, whole or not at all.
-
-    The cells run in a temporary copy, renamed on success; a failed copy is kept as
-    `NAME.failed.ipynb` for reading. Raises PipelineError.
-    """
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-    from traitlets.config import Config
-
+    """Execute a notebook as a profile, or a profile with other values, says. PipelineError."""
     parameters = profile_parameters(profile, notebook.stem)
     if overrides:  # not the profile's run any more: its record is kept apart
         parameters |= {"profile": "interactive"} | overrides
     check_parameters(notebook.stem, parameters)
+    execute(notebook, output, parameters)
+
+
+def execute(
+    notebook: Path, output: Path, parameters: dict, environment: dict[str, str] | None = None
+) -> None:
+    """Execute a notebook to `output`, whole or not at all, in a kernel with `environment` added.
+
+    The cells run in a temporary copy, renamed on success; a failed copy is kept as
+    `NAME.failed.ipynb` for reading. Raises PipelineError. Threads of one process may each
+    execute a notebook.
+    """
+    import papermill
+    from jupyter_client import AsyncKernelManager
+    from traitlets.config import Config
+
+    class Kernel(AsyncKernelManager):
+        async def start_kernel(self, **settings: object) -> None:
+            await super().start_kernel(env=os.environ | (environment or {}), **settings)
+
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.ipynb")
     failed = output.with_name(f"{output.stem}.failed.ipynb")
     os.environ["FF_PROGRESS"] = "plain"
+    sockets = tempfile.TemporaryDirectory(prefix="ff-")  # instead of ports, which can collide
     try:
         papermill.execute_notebook(
             str(notebook),
             str(temporary),
             parameters=parameters,
-            cwd=str(notebook.parent),
+            resources={"metadata": {"path": str(notebook.parent)}},  # the kernel's folder
             kernel_name="python3",
+            start_timeout=SECONDS_TO_START,
             progress_bar=False,
             log_output=True,
-            config=Config({"KernelManager": {"transport": "ipc"}}),  # no ports to collide
+            kernel_manager_class=Kernel,
+            config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets.name}/kernel"}}),
         )
         temporary.replace(output)
         failed.unlink(missing_ok=True)
     except papermill.PapermillExecutionError as error:
         raise _failure(notebook, temporary, failed, f"{error.ename}: {error.evalue}") from error
-    except DeadKernelError as error:
-        reason = "its kernel died, most often for lack of memory: lower its sizes"
+    except RuntimeError as error:  # a kernel died, or never began
+        reason = str(error)
+        if "died" in reason:
+            reason = "its kernel died, most often for lack of memory: lower its sizes"
         raise _failure(notebook, temporary, failed, reason) from error
     except OSError as error:
         raise _failure(notebook, temporary, failed, str(error)) from error
     finally:
         temporary.unlink(missing_ok=True)
+        sockets.cleanup()
 
 
 def _failure(notebook: Path, temporary: Path, failed: Path, reason: str) -> PipelineError:
+    kept = ""
     if temporary.exists():
         temporary.replace(failed)
-        reason += f" (the notebook up to there: {paths.relative(failed)})"
-    return PipelineError(f"{paths.relative(notebook)}: {reason}")
+        kept = f" (the notebook up to there: {paths.relative(failed)})"
+    error = PipelineError(f"{paths.relative(notebook)}: {reason}{kept}")
+    error.reason = reason
+    return error
 
 
 def html(notebook: Path, output: Path) -> None:

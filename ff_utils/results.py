@@ -35,8 +35,9 @@ class Run:
 
     @property
     def figures(self) -> Path:
-        """Where this run's figures go."""
-        return paths.figures(self.profile)
+        """Where this run's figures go; a sweep's points keep theirs apart."""
+        named = os.environ.get(paths.RECORD)
+        return paths.figures(f"sweeps/{Path(named).stem}" if named else self.profile)
 
     def finish(self, metrics: dict, data: Dataset | None = None) -> dict:
         """Write the record (atomically) and return it.
@@ -62,7 +63,7 @@ class Run:
             "provenance": provenance()
             | {"wall_seconds": round(time.perf_counter() - self.started, 1)},
         }
-        files.write_atomically(record_path(self.notebook, self.profile), _text(record))
+        files.write_atomically(_own_path(self.notebook, self.profile), _text(record))
         return record
 
 
@@ -80,6 +81,12 @@ def start(notebook: str, values: dict) -> Run:
 def record_path(notebook: str, profile: str) -> Path:
     """Where the record of a notebook's run in a profile lives."""
     return paths.RESULTS / profile / f"{notebook}.json"
+
+
+def _own_path(notebook: str, profile: str) -> Path:
+    """Where this process's run keeps its record."""
+    named = os.environ.get(paths.RECORD)
+    return Path(named) if named else record_path(notebook, profile)
 
 
 def read(notebook: str, profile: str) -> dict:
@@ -143,7 +150,7 @@ def git_commit() -> str:
 def footer(record: dict) -> None:
     """Print what made a record: the closing cell of every notebook."""
     made = record["provenance"]
-    print(f"record    {paths.relative(record_path(record['notebook'], record['profile']))}")
+    print(f"record    {paths.relative(_own_path(record['notebook'], record['profile']))}")
     print(f"digest    {digest(record)}")
     print(f"profile   {record['profile']}")
     if record["data"]:
