@@ -12,7 +12,8 @@ OUT       := build/$(PROFILE)
 GPU_PYTHON ?= $(if $(wildcard $(READY)),$(PY),$(PYTHON))
 NAMES     := $(basename $(notdir $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))))
 NUMBERS   := $(foreach name,$(NAMES),$(firstword $(subst _, ,$(name))))
-SOURCES   := $(filter-out ff_utils/readme.py,$(wildcard ff_utils/*.py))
+UNUSED    := $(addprefix ff_utils/,readme.py points.py sweep.py)
+SOURCES   := $(filter-out $(UNUSED),$(wildcard ff_utils/*.py))
 PROFILES  := $(basename $(notdir $(wildcard notebooks/profiles/*.yaml)))
 
 ifeq ($(filter $(PROFILE),$(PROFILES)),)
@@ -23,7 +24,7 @@ endif
 .SUFFIXES:
 # Time and memory are measured with nothing else running.
 .NOTPARALLEL:
-.PHONY: help reproduce data publish gpu-reference test verify lint lab clean $(NUMBERS)
+.PHONY: help reproduce data sweep publish gpu-reference test verify lint lab clean $(NUMBERS)
 .DEFAULT_GOAL := help
 
 help:  ## print this help
@@ -34,6 +35,9 @@ help:  ## print this help
 reproduce: data $(NAMES:%=$(OUT)/%.html)  ## environment, data, every notebook and figure
 
 data: build/data  ## fetch and check MNIST, or say what stands in for it
+
+sweep: $(READY)  ## run notebooks/sweeps/SWEEP.yaml, JOBS points at a time
+	@$(PY) -m ff_utils.sweep '$(SWEEP)' $(if $(JOBS),--jobs $(JOBS))
 
 test: $(READY)  ## the linter and all tests
 	@$(PY) -m ruff check && $(PY) -m ruff format --check
@@ -92,7 +96,8 @@ $(firstword $(subst _, ,$(1))): $(OUT)/$(1).html
 endef
 $(foreach name,$(NAMES),$(eval $(call numbered,$(name))))
 
-# Notebooks that read the records of others.
+# Notebooks that read tables, or the records of others.
+$(OUT)/08_sweeps.ipynb: ff_utils/points.py ff_utils/sweep.py $(wildcard data/results/sweeps/*.parquet)
 $(OUT)/04_backprop_baseline.ipynb: $(OUT)/02_ff_training.ipynb
 $(OUT)/06_figures.ipynb: data/claims.yaml $(OUT)/02_ff_training.ipynb $(OUT)/03_ff_language_model.ipynb \
   $(OUT)/04_backprop_baseline.ipynb $(OUT)/05_memory_profiling.ipynb $(OUT)/07_every_form.ipynb \

@@ -444,11 +444,13 @@ def memory_and_time(table: pd.DataFrame, *, title: str, note: str = "") -> Figur
     return figure
 
 
-def pareto_front(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that no other beats in both `per_1000_images` and `peak_bytes`, fastest first."""
-    ordered = table.sort_values(["per_1000_images", "peak_bytes"])
-    best = ordered.peak_bytes.astype(float).cummin().shift(fill_value=float("inf"))
-    return ordered[ordered.peak_bytes < best]
+def pareto_front(
+    table: pd.DataFrame, x: str = "per_1000_images", y: str = "peak_bytes"
+) -> pd.DataFrame:
+    """The rows that no other beats in both `x` and `y`, the least `x` first."""
+    ordered = table.dropna(subset=[x, y]).sort_values([x, y])
+    best = ordered[y].astype(float).cummin().shift(fill_value=float("inf"))
+    return ordered[ordered[y] < best]
 
 
 def memory_bars(table: pd.DataFrame, *, title: str, note: str = "") -> Figure:
@@ -632,3 +634,115 @@ def pipelines(
     figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
     _note(figure, note)
     return figure
+
+
+# --- Sweeps ---------------------------------------------------------------------------------
+
+
+def sweep_lines(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    by: str,
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    note: str = "",
+    log: str = "",
+) -> Figure:
+    """`y` against `x`, one line for each value of `by`: the mean of all its rows (seeds, say) at
+    an `x`, and a band from the least to the most of them. log: the axes to draw so, "x", "xy"."""
+    figure, axis = plt.subplots(figsize=(8, 4.6))
+    ends = []
+    for number, (name, rows) in enumerate(table.dropna(subset=[y]).groupby(by, sort=False)):
+        spread = rows.groupby(x)[y].agg(["mean", "min", "max"])
+        label, colour = _series(name, number)
+        axis.plot(spread.index, spread["mean"], color=colour, marker="o", ms=4, lw=2.2)
+        axis.fill_between(spread.index, spread["min"], spread["max"], color=colour, alpha=0.18)
+        ends.append((spread.index[-1], spread["mean"].iloc[-1], label, colour))
+    for direction in log:
+        _log_ticks(axis, direction)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    _label_ends(axis, ends)
+    _note(figure, note)
+    return figure
+
+
+def sweep_map(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    value: str,
+    *,
+    title: str,
+    label: str,
+    note: str = "",
+    form: str = ".3g",
+    centre: float | None = None,
+) -> Figure:
+    """The mean of `value` in each cell of two parameters, `x` across and `y` down; a cell without
+    any is empty. centre: the value that is neither good nor bad."""
+    cells = table.dropna(subset=[value]).pivot_table(index=y, columns=x, values=value)
+    cells = cells.reindex(index=sorted(table[y].unique()), columns=sorted(table[x].unique()))
+    size = (max(6, 0.85 * len(cells.columns) + 2.4), max(3, 0.5 * len(cells) + 1.8))
+    figure, axis = plt.subplots(figsize=size)
+    sns.heatmap(
+        cells.astype(float),
+        annot=True,
+        fmt=form,
+        cmap="cividis_r" if centre is None else "PuOr_r",
+        center=centre,
+        linewidths=0.5,
+        cbar_kws={"label": label},
+        annot_kws={"fontsize": 9},
+        ax=axis,
+    )
+    axis.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "), title=title)
+    axis.tick_params(rotation=0)
+    axis.grid(False)
+    _note(figure, note)
+    return figure
+
+
+def sweep_front(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    by: str,
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    note: str = "",
+) -> Figure:
+    """Every row at its `x` and `y`, `by` as colours. Filled, joined by a line: the Pareto front,
+    rows that no other beats in both."""
+    figure, axis = plt.subplots(figsize=(7.2, 4.6))
+    front = pareto_front(table, x, y)
+    axis.plot(front[x], front[y], color=GREY, lw=1.2, ls="--", zorder=1)
+    for number, (name, rows) in enumerate(table.groupby(by, sort=False)):
+        label, colour = _series(name, number)
+        inside = [colour if found else "white" for found in rows.index.isin(front.index)]
+        axis.scatter(rows[x], rows[y], s=55, color=inside, edgecolors=colour, lw=1.6, zorder=3)
+        axis.scatter([], [], s=55, color=colour, label=label)
+    _log_ticks(axis, "x")
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axis.legend()
+    _note(figure, note)
+    return figure
+
+
+def _log_ticks(axis: plt.Axes, direction: str) -> None:
+    axis.set(**{f"{direction}scale": "log"})
+    ticks = getattr(axis, f"{direction}axis")
+    ticks.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    ticks.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    ticks.set_minor_formatter(matplotlib.ticker.NullFormatter())
+
+
+def _series(name: object, number: int) -> tuple[str, str]:
+    """What a series is called and its colour: an arm's own, else the next of the style's."""
+    if name in COLOURS:
+        return ARMS[name].title, COLOURS[name]
+    return str(name), SERIES[number % len(SERIES)]
