@@ -16,6 +16,10 @@ NOTEBOOKS = (
     "04_backprop_baseline",
     "05_memory_profiling",
     "06_figures",
+    "07_every_form",
+    "08_sweeps",
+    "09_one_setting",
+    "10_past_one_machine",
 )
 FLAT = ("ff_streamed", "backprop_streamed", "ff_frugal", "backprop_streamed_frugal")
 

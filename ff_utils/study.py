@@ -146,7 +146,7 @@ STUDIES = {
         training.train_backprop,
         _backprop_errors,
         choices={"hidden": WIDTHS},
-        course=COURSE,
+        course=COURSE | {"epochs": 60},
     ),
 }
 
