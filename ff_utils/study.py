@@ -200,7 +200,7 @@ def table() -> pd.DataFrame:
                 "by": metrics["chosen"],
             }
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["study", "title", "seed", "epochs", "error", "by"])
 
 
 def history(name: str, seed: int = 0) -> pd.DataFrame:

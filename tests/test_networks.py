@@ -62,6 +62,31 @@ def test_labelled_rows_teach_what_rows_with_the_labels_written_in_teach(label, n
         assert torch.allclose(other.state_dict()[name], tensor, atol=1e-8), name
 
 
+def test_dropped_pixels_are_zero_for_every_label_and_the_others_make_up_for_them():
+    network, pictures = make(), images(2000)
+    rows = network.labelled(pictures)
+    plain = rows.image.clone()
+    rows.drop_pixels(0.25, torch.Generator().manual_seed(0))
+    kept = rows.image != 0
+    assert torch.allclose(rows.image[kept], plain[kept] / 0.75)
+    assert abs(kept.double().mean() - 0.75) < 0.01
+    one, other = (rows.with_labels(torch.full((2000,), c)) for c in (0, 1))
+    weight = torch.zeros(1, 20, dtype=torch.float64)
+    weight[0, 4:] = 1.0
+    assert torch.equal(one.times(weight), other.times(weight))
+
+
+def test_both_adds_the_softmax_and_the_goodness_as_log_probabilities():
+    network = make(scale=3.0, seed=2)
+    network.softmax.weight.uniform_(-1, 1)
+    expected = network.guess(images()).log_softmax(1)
+    for g in network.label_goodness(images()):
+        expected = expected + 3.0 * g / 2
+    assert torch.allclose(network.scores(images(), "both"), expected)
+    with pytest.raises(ValueError, match="by is 'vote'; choose one of: softmax, goodness, both"):
+        network.predict(images(), "vote")
+
+
 def test_the_first_layer_counts_and_one_layer_alone_can_tell_classes_apart():
     network = make(hidden=(50,))
     assert network.label_goodness(images()).shape == (1, 7, 4)
