@@ -109,7 +109,7 @@ STUDIES = {
         unsupervised.train_unsupervised,
         _softmax_error,
         choices={"hidden": WIDTHS, "label": "none", "theta": 1.0, "scale": 30.0},
-        course=COURSE | {"epochs": 30, "blurs": 3},
+        course=COURSE | {"blurs": 3},
     ),
     "local": Study(
         "supervised, local receptive fields",
@@ -118,7 +118,7 @@ STUDIES = {
         _train,
         _errors,
         choices=LOCAL | {"fields": MNIST_FIELDS},
-        course=FF_COURSE | {"epochs": 30},
+        course=FF_COURSE,
     ),
     "recurrent": Study(
         "recurrent, top-down and bottom-up",
@@ -151,24 +151,27 @@ STUDIES = {
 }
 
 
-def run(name: str, seed: int = 0, *, quiet: bool = False) -> dict:
+def run(name: str, seed: int = 0, epochs: int | None = None, *, quiet: bool = False) -> dict:
     """The record of one study's run with one seed: read if it is there, else trained to.
 
-    Training goes on from `build/study/NAME-SEED.pt` where an earlier call was cut short. The
-    network that has been trained is kept beside it, in 16 bits.
+    epochs: fewer or more than the study's own; a record of no fewer is read, not made again.
+    Training goes on from its checkpoint in `build/study/` where an earlier call was cut short.
+    The network that has been trained is kept in `data/networks/`, in 16 bits.
     """
     study = _check(name, seed)
-    label = f"{name}-{seed}"
+    label, course = f"{name}-{seed}", study.course | ({"epochs": epochs} if epochs else {})
     if results.record_path(label, PROFILE).exists():
-        return results.read(label, PROFILE)
-    about = {"seed": seed, **study.choices, **study.course, "validation": VALIDATION}
+        record = results.read(label, PROFILE)
+        if record["parameters"]["epochs"] >= course["epochs"]:
+            return record
+    about = {"seed": seed, **study.choices, **course, "validation": VALIDATION}
     begun = results.Run(label, PROFILE, about)
     device = training.default_device()
     data = datasets.load(study.dataset).to(device)
     split = data.validation_split(VALIDATION, seed)
     network = study.network(data, seed, device, **study.choices)
-    place = paths.BUILD / PROFILE / f"{label}.pt"
-    history = study.train(network, split, seed=seed, checkpoint=place, quiet=quiet, **study.course)
+    place = paths.BUILD / PROFILE / f"{label}-{course['epochs']}.pt"
+    history = study.train(network, split, seed=seed, checkpoint=place, quiet=quiet, **course)
     validation, test = study.errors(network, split), study.errors(network, data)
     chosen = min(validation, key=validation.get)
     save_network(network, NETWORKS / f"{label}.pt")
@@ -268,6 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ff_utils.study", description=main.__doc__)
     parser.add_argument("study", help=", ".join(STUDIES))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, help="others than the study's own")
     parser.add_argument("--evaluate", action="store_true", help="the network that was kept")
     options = parser.parse_args(arguments)
     try:
@@ -275,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
             network, data = load_network(options.study, options.seed)
             found = STUDIES[options.study].errors(network, data)
         else:
-            found = run(options.study, options.seed)["metrics"]["test_errors"]
+            found = run(options.study, options.seed, options.epochs)["metrics"]["test_errors"]
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     for by, error in found.items():

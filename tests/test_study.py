@@ -37,7 +37,10 @@ def test_a_run_leaves_a_record_and_a_network_that_errs_as_often(tiny):
     for by, error in metrics["test_errors"].items():
         # 16 bits may move an image or two over the border.
         assert training.prediction_error(network, data, by) == pytest.approx(error, abs=0.01)
-    assert study.run("tiny", 1) == record  # read, not made again
+    assert study.run("tiny", 1) == study.run("tiny", 1, 2) == record  # read, not made again
+    assert len(study.run("tiny", 2, 1, quiet=True)["metrics"]["history"]) == 1
+    assert len(study.run("tiny", 2, 2, quiet=True)["metrics"]["history"]) == 2
+    results.record_path("tiny-2", study.PROFILE).unlink()
     (row,) = study.table().itertuples()
     assert (row.study, row.seed, row.epochs) == ("tiny", 1, 3)
     assert study.history("tiny", 1).equals(pd.DataFrame(metrics["history"]))
@@ -46,7 +49,7 @@ def test_a_run_leaves_a_record_and_a_network_that_errs_as_often(tiny):
 def test_a_run_cut_short_goes_on_to_the_same_record(tiny, monkeypatch):
     expected = study.run("tiny", 0, quiet=True)["metrics"]
     results.record_path("tiny-0", study.PROFILE).unlink()
-    (paths.BUILD / study.PROFILE / "tiny-0.pt").unlink()
+    (paths.BUILD / study.PROFILE / "tiny-0-3.pt").unlink()
     save = training.Checkpoint.save
 
     def save_and_stop(checkpoint, rows):
