@@ -121,7 +121,7 @@ def _findings(records: dict[str, dict]) -> str:
         f"and {errors[1]:.2%} for backprop: {verdict}.",
         f"**It extends to text.** Perplexity on held-out fables: FF "
         f"{language['perplexity']:.2f}, the same network by backprop "
-        f"{language['backprop_perplexity']:.2f} in half the epochs, n-grams "
+        f"{language['backprop_perplexity']:.2f}, n-grams "
         f"{language['ngram_perplexity']:.2f}.",
     ]
     return "\n".join(f"{number}. {line}" for number, line in enumerate(lines, start=1))
