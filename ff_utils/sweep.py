@@ -217,12 +217,12 @@ def _range(name: str, first: float, last: float, step: float, whole: bool) -> li
 
 
 def _log_range(name: str, first: float, last: float, count: int, whole: bool) -> list:
-    """`count` numbers from `first` to `last`, each the same factor from the one before."""
+    """`count` numbers from `first` to `last`, evenly spaced as factors, to three digits."""
     for end in (first, last):
         checks.number(f"log_range of {name}", end, 0, above=True)
     checks.number(f"count in the log_range of {name}", count, 2, whole=True)
     found = [first * (last / first) ** (k / (count - 1)) for k in range(count)]
-    return [round(value) if whole else float(f"{value:.6g}") for value in found]
+    return [round(value) if whole else float(f"{value:.3g}") for value in found]
 
 
 def _mapping(what: str, value: object) -> dict:
