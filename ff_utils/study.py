@@ -81,7 +81,7 @@ def _backprop_errors(network: nn.Module, data: Dataset) -> dict[str, float]:
 WIDTHS = [1000, 1000, 1000]
 SUPERVISED = {"hidden": WIDTHS, "label_scale": 4.0, "loss": "pairwise", "scale": 30.0}
 COURSE = {"epochs": 50, "batch_size": 100, "learning_rate": 0.001}
-LOCAL = {"label_scale": 2.0, "loss": "pairwise", "scale": 30.0}
+OTHERS = {"label_scale": 2.0, "loss": "pairwise", "scale": 30.0}
 FF_COURSE = COURSE | {"guess_share": 0.5, "softmax_rate": 0.1}
 STUDIES = {
     "supervised": Study(
@@ -117,7 +117,7 @@ STUDIES = {
         _local,
         _train,
         _errors,
-        choices=LOCAL | {"fields": MNIST_FIELDS},
+        choices=OTHERS | {"fields": MNIST_FIELDS},
         course=FF_COURSE,
     ),
     "recurrent": Study(
@@ -126,7 +126,7 @@ STUDIES = {
         _recurrent,
         recurrent.train_recurrent,
         _errors,
-        choices={"hidden": [1000, 1000], "label_scale": 10.0, "loss": "pairwise", "scale": 30.0},
+        choices=OTHERS | {"hidden": [1000, 1000], "label_scale": 10.0, "steps": 5},
         course=COURSE,
     ),
     "cifar10": Study(
@@ -136,7 +136,7 @@ STUDIES = {
         _train,
         _errors,
         dataset="cifar10",
-        choices=LOCAL | {"fields": CIFAR_FIELDS, "padded": True},
+        choices=OTHERS | {"fields": CIFAR_FIELDS, "padded": True},
         course=FF_COURSE,
     ),
     "backprop": Study(
