@@ -105,6 +105,7 @@ def execute(
             progress_bar=False,
             log_output=True,
             kernel_manager_class=Kernel,
+            extra_arguments=["--log-level=CRITICAL"],  # the interrupt at its end is no error
             config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets.name}/kernel"}}),
         )
         temporary.replace(output)
