@@ -126,7 +126,8 @@ def _findings(records: dict[str, dict]) -> str:
         f"and {errors[1]:.2%} for backprop: {verdict}.",
         f"**Given as long as the paper's, it is as accurate.** {full['FF'][1].capitalize()}: FF "
         f"{full['FF'][0]:.2%} (Hinton: 1.36%); {full['backprop'][1]}: backprop "
-        f"{full['backprop'][0]:.2%}, the same three layers of 1000 units and no augmentation.",
+        f"{full['backprop'][0]:.2%}, the same three layers of 1000 units and no augmentation; FF "
+        "alone with dropout.",
         f"**It extends to text.** Perplexity on held-out fables: FF "
         f"{language['perplexity']:.2f}, the same network by backprop "
         f"{language['backprop_perplexity']:.2f}, n-grams "
