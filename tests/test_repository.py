@@ -209,7 +209,8 @@ def test_every_notebook_runs_in_smoke_and_make_rebuilds_only_what_changed(copy):
     }
     for name, expected in rebuilt.items():
         planned = make(copy, "-n", "-W", name, "reproduce", "PROFILE=smoke").stdout
-        assert re.findall(r"pipeline run notebooks/(\d\d)", planned) == expected, name
+        found = re.findall(r"pipeline run notebooks/(\d\d)", planned)
+        assert sorted(found) == expected, name
 
 
 def test_a_refused_parameter_stops_make_with_one_sentence_and_loses_nothing(copy):
