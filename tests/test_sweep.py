@@ -152,8 +152,7 @@ def test_killed_runner_and_interrupted_runner_lose_nothing_and_leave_no_kernel(h
     process.wait()
     wait_for(lambda: not kernels(house), "end of the kernels")
     process = begin(house)
-    done = len(finished(house))
-    wait_for(lambda: len(finished(house)) > done, "further point")
+    wait_for(lambda: kernels(house), "kernel")
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
     said = process.communicate(timeout=600)[0]
     assert not kernels(house)
