@@ -169,7 +169,7 @@ class LocalForwardForward(ForwardForward):
 
     def labelled(self, images: torch.Tensor) -> pairs.Written:
         """Images (N, pixels) as the first layer reads them, whatever their labels will be."""
-        return pairs.Written(partial(self.inputs, images))
+        return pairs.Written(images, self.inputs)
 
 
 def windows(grid: torch.Tensor, field: int, stride: int, padded: bool, where: str) -> torch.Tensor:

@@ -25,7 +25,6 @@ from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 
 import pandas as pd
 import torch
@@ -157,10 +156,10 @@ def time_steps(
 ) -> pd.DataFrame:
     """Seconds of a training step of every arm, all measured in turn, `repeats` times.
 
-    A machine's speed drifts: taking turns, every arm meets the same drift. Columns: arm,
-    seconds (median), fastest, slowest, images (a step's: half of FF's rows are positive),
-    per_1000_images (seconds), moved_bytes (between host and device, a step), peak_bytes and
-    host_bytes (simulated). On a CPU, what rests on the host rests in files.
+    The arms run as `progress.take_turns` has them. Columns: arm, seconds (median), fastest,
+    slowest, images (a step's: half of FF's rows are positive), per_1000_images (seconds),
+    moved_bytes (between host and device, a step), peak_bytes and host_bytes (simulated). On a
+    CPU, what rests on the host rests in files.
     """
     checks.number("repeats", repeats, 1, whole=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -174,7 +173,7 @@ def time_steps(
         free = free_memory()
     _refuse_beyond(need, free, "all arms together need")
     with ExitStack() as folders:
-        steps, moved, seconds = {}, {}, {arm: [] for arm in arms}
+        steps, moved = {}, {}
         for name in arms:
             folder = folders.enter_context(tempfile.TemporaryDirectory())
             arm = ARMS[name].build(replace(s, store=folder if device == "cpu" else "memory"))
@@ -185,12 +184,9 @@ def time_steps(
             steps[name]()
             moved[name] = arm.moved() - before
             wait_for(device)
-        for _ in progress.track(range(repeats), "round"):
-            for name in arms:
-                start = time.perf_counter()
-                steps[name]()
-                wait_for(device)
-                seconds[name].append(time.perf_counter() - start)
+        tasks = {name: partial(_timed, step, device) for name, step in steps.items()}
+        seconds = progress.take_turns(tasks, repeats)
+        tasks.clear()
         steps.clear()
     rows = []
     for name in arms:
@@ -198,17 +194,22 @@ def time_steps(
         rows.append(
             {
                 "arm": name,
-                "seconds": median(seconds[name]),
-                "fastest": min(seconds[name]),
-                "slowest": max(seconds[name]),
+                "seconds": seconds[name].median(),
+                "fastest": seconds[name].min(),
+                "slowest": seconds[name].max(),
                 "images": (images := batch if name.startswith("backprop") else batch // 2),
-                "per_1000_images": 1000 * median(seconds[name]) / images,
+                "per_1000_images": 1000 * seconds[name].median() / images,
                 "moved_bytes": moved[name],
                 "peak_bytes": report.peak_bytes,
                 "host_bytes": report.host_bytes,
             }
         )
     return pd.DataFrame(rows)
+
+
+def _timed(step: Callable[[], object], device: str) -> None:
+    step()
+    wait_for(device)
 
 
 def leanest_by_batch(

@@ -110,7 +110,7 @@ class ForwardForward(nn.Module):
     def labelled(self, images: torch.Tensor) -> pairs.Labelled | pairs.Written:
         """Images (N, pixels) as the first layer reads them, whatever their labels will be."""
         if self.label == "none":
-            return pairs.Written(partial(self.inputs, images))
+            return pairs.Written(images, self.inputs)
         images = images.to(self.gradient.dtype)
         choices = (self.label, self.label_scale, self.normalisation)
         return pairs.Labelled(images, self.classes, *choices)

@@ -79,11 +79,8 @@ class Labelled:
         return rows
 
     def drop_pixels(self, share: float, generator: torch.Generator) -> None:
-        """Set a random `share` of each image's pixels to zero, and raise the others so that their
-        sum stays what it was, on average: dropout. Every label meets the same image."""
-        draw = torch.rand(self.image.shape, generator=generator, device=generator.device)
-        kept = (draw >= share).to(self.image)
-        self.image = kept.mul_(self.image).div_(1 - share)
+        """As `dropped`, of these images: every label meets the same ones."""
+        self.image = dropped(self.image, share, generator)
 
     def __len__(self) -> int:
         """Rows."""
@@ -93,7 +90,7 @@ class Labelled:
         """Rows times the transpose of `weight` (outputs, inputs): (rows, outputs)."""
         if "product" not in self.shared:
             self.shared["product"] = self.image @ weight[:, self.image_inputs].t()
-        codes = weight[:, self.code_inputs].t()
+        codes = weight[:, self.code_inputs].t().contiguous()  # rows are read one by one
         y = weight.new_empty(len(self), len(weight))
         for block, labels in zip(y.split(len(self.image)), self.labels, strict=True):
             if labels is None:
@@ -129,16 +126,28 @@ class Labelled:
 class Written:
     """As `Labelled`, for a first layer that has no image part to share: rows in full.
 
-    write: labels (N,), or None for the neutral one, -> the images' rows, normalised.
+    write: images (N, pixels) and labels (N,), or None for the neutral one, -> the images' rows,
+    normalised.
     """
 
-    def __init__(self, write: Callable[[torch.Tensor | None], torch.Tensor]) -> None:
-        self.write = write
+    def __init__(self, images: torch.Tensor, write: Callable[..., torch.Tensor]) -> None:
+        self.images, self.write = images, write
 
     def with_labels(self, *labels: torch.Tensor | None) -> torch.Tensor:
         """The same images with these labels, a block of rows for each."""
-        blocks = [self.write(chosen) for chosen in labels]
+        blocks = [self.write(self.images, chosen) for chosen in labels]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+    def drop_pixels(self, share: float, generator: torch.Generator) -> None:
+        """As `dropped`, of these images: every label meets the same ones."""
+        self.images = dropped(self.images, share, generator)
+
+
+def dropped(images: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:
+    """Images (N, pixels) with a random `share` of each one's pixels set to zero, and the others
+    raised so that their sum stays what it was, on average: dropout."""
+    draw = torch.rand(images.shape, generator=generator, device=generator.device)
+    return (draw >= share).to(images).mul_(images).div_(1 - share)
 
 
 def hybrid_images(

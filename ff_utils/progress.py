@@ -3,7 +3,9 @@
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+import pandas as pd
 
 
 def track(items: Sequence, what: str = "epoch", done: int = 0, total: int = 0) -> Iterator:
@@ -30,6 +32,21 @@ def track(items: Sequence, what: str = "epoch", done: int = 0, total: int = 0) -
 
             clear_output(wait=True)
         print(f"{what} {done + number} of {total}, {ending}", flush=True)
+
+
+def take_turns(tasks: dict[str, Callable[[], object]], rounds: int) -> pd.DataFrame:
+    """Seconds of every task (columns), all in turn, `rounds` times (rows) after one to warm up.
+
+    A machine's speed drifts: taking turns, every task meets the same drift.
+    """
+    rows = []
+    for _ in track(range(rounds + 1), "round"):
+        rows.append({})
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            task()
+            rows[-1][name] = time.perf_counter() - start
+    return pd.DataFrame(rows[1:])
 
 
 def _in_notebook() -> bool:

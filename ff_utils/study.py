@@ -93,6 +93,15 @@ STUDIES = {
         choices=SUPERVISED,
         course=FF_COURSE | {"dropout": 0.2},
     ),
+    "wide": Study(
+        "the same at the paper's widths",
+        0.0136,
+        _forward_forward,
+        _train,
+        _errors,
+        choices=SUPERVISED | {"hidden": [2000] * 4},
+        course=FF_COURSE | {"epochs": 60, "dropout": 0.2},
+    ),
     "jittered": Study(
         "supervised, images shifted by up to two pixels",
         0.0064,
@@ -118,7 +127,7 @@ STUDIES = {
         _train,
         _errors,
         choices=OTHERS | {"fields": MNIST_FIELDS},
-        course=FF_COURSE,
+        course=FF_COURSE | {"epochs": 40, "dropout": 0.2},
     ),
     "recurrent": Study(
         "recurrent, top-down and bottom-up",
@@ -146,7 +155,7 @@ STUDIES = {
         training.train_backprop,
         _backprop_errors,
         choices={"hidden": WIDTHS},
-        course=COURSE | {"epochs": 60},
+        course=COURSE | {"epochs": 60, "dropout": 0.2},
     ),
 }
 

@@ -390,24 +390,30 @@ def train_backprop(
     network: nn.Module,
     data: Dataset,
     *,
+    dropout: float = 0.0,
     after_epoch: Callable[[], dict] = dict,
     **course: object,
 ) -> pd.DataFrame:
     """Train a classifier by backpropagation of the cross-entropy, with Adam.
 
-    Gradients are freed right after each optimizer step. course: as in `fit`. Columns as in
-    `train_forward_forward`: epoch, loss, error, seconds, and what `after_epoch` gives.
+    Gradients are freed right after each optimizer step. dropout: share of the pixels set to zero,
+    others for every batch. course: as in `fit`. Columns as in `train_forward_forward`: epoch,
+    loss, error, seconds, and what `after_epoch` gives.
     """
+    checks.number("dropout", dropout, 0, 0.9)
     optimizer = torch.optim.Adam(network.parameters(), fused=True)
 
-    def step(_, images: torch.Tensor, labels: torch.Tensor, rate: float, __) -> dict:
+    def step(_, images: torch.Tensor, labels: torch.Tensor, rate: float, generator) -> dict:
         optimizer.param_groups[0]["lr"] = rate
+        if dropout:
+            images = pairs.dropped(images, dropout, generator)
         return {"loss": backprop_step(network, optimizer, images, labels)}
 
     def measure(*_: object) -> dict:
         return {"error": classifier_error(network, data), **after_epoch()}
 
-    return fit(network, data, step, measure, optimizers=[optimizer], **course)
+    kept = {"optimizers": [optimizer], "about": {"dropout": dropout}}
+    return fit(network, data, step, measure, **kept, **course)
 
 
 def backprop_step(

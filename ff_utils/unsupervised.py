@@ -12,12 +12,19 @@ STAGES = ("layers", "softmax")
 
 
 def train_unsupervised(
-    network: ForwardForward, data: Dataset, *, batch_size: int, blurs: int = 6, **course: object
+    network: ForwardForward,
+    data: Dataset,
+    *,
+    batch_size: int,
+    blurs: int = 6,
+    dropout: float = 0.0,
+    **course: object,
 ) -> pd.DataFrame:
     """Train the layers to tell images from hybrids, then the softmax on what they have become.
 
     The layers see no label, all of them learn from every batch, and the softmax leaves them as
     they are. network: built with label="none". blurs: of the hybrids' masks.
+    dropout: share of the pixels set to zero, others for every batch.
     batch_size, course: as in `training.fit`; `epochs` for the layers and as many for the softmax.
     Columns: epoch, stage ("layers" or "softmax"), loss_1 ... or softmax_loss and error (on
     `data`'s test part), seconds. Raises as `training.train_forward_forward` does.
@@ -26,12 +33,15 @@ def train_unsupervised(
     if network.label != "none":
         raise ValueError(f"label is {network.label!r}: build the network with label='none'.")
     checks.number("blurs", blurs, 1, whole=True)
+    checks.number("dropout", dropout, 0, 0.9)
     checks.number("batch_size", batch_size, 2, len(data.train_labels), whole=True)
     if len(data.train_labels) % batch_size == 1:
         alone = "which leaves one image alone, with no other to mix it with: give another"
         raise ValueError(f"batch_size is {batch_size}, {alone}.")
 
     def step(stage: str, images: torch.Tensor, labels: torch.Tensor, rate: float, generator):
+        if dropout:
+            images = pairs.dropped(images, dropout, generator)
         if stage == "softmax":
             return {"softmax_loss": softmax_step(network, images, labels, rate)}
         losses = unsupervised_step(network, images, data.shape, rate, generator, blurs)
@@ -43,7 +53,7 @@ def train_unsupervised(
         return {"error": softmax_error(network, data)} if stage == "softmax" else {}
 
     course |= {"batch_size": batch_size, "stages": STAGES}
-    about = {"blurs": blurs, "network": network.settings}
+    about = {"blurs": blurs, "dropout": dropout, "network": network.settings}
     return fit(network, data, step, measure, about=about, **course)
 
 
