@@ -230,24 +230,30 @@ def train_recurrent(
     network: RecurrentForwardForward,
     data: Dataset,
     *,
+    softmax_rate: float = 1.0,
+    dropout: float = 0.0,
     after_epoch: Callable[[], dict] = dict,
     **course: object,
 ) -> pd.DataFrame:
     """Train on `data`'s training images; returns one row an epoch.
 
-    after_epoch: gives more to note of each epoch. course: as in `training.fit`.
-    Columns and errors as in `training.train_forward_forward`.
+    softmax_rate, dropout, after_epoch, and what is returned and raised: as in
+    `training.train_forward_forward`. course: as in `training.fit`.
     """
+    checks.number("softmax_rate", softmax_rate, 0, 1, above=True)
+    checks.number("dropout", dropout, 0, 0.9)
 
-    def step(_, *batch: object) -> dict[str, torch.Tensor]:
-        return recurrent_step(network, *batch)
+    def step(_, images: torch.Tensor, *batch: object) -> dict[str, torch.Tensor]:
+        if dropout:
+            images = pairs.dropped(images, dropout, batch[-1])
+        return recurrent_step(network, images, *batch, softmax_rate)
 
     def measure(_, epoch: int) -> dict:
         _, _, states = network.start(data.test_images[:EVALUATION_ROWS])
         refuse_silent((h for h, _ in states), epoch)
         return {"error": prediction_error(network, data, "softmax"), **after_epoch()}
 
-    about = {"network": network.settings}
+    about = {"softmax_rate": softmax_rate, "dropout": dropout, "network": network.settings}
     return fit(network, data, step, measure, about=about, **course)
 
 
@@ -257,14 +263,16 @@ def recurrent_step(
     labels: torch.Tensor,
     learning_rate: float,
     generator: torch.Generator,
+    softmax_rate: float = 1.0,
 ) -> dict[str, torch.Tensor]:
-    """One batch: the pass up, the softmax's guess and its training, wrong labels drawn from the
-    guess, all time steps; returns the losses by name."""
+    """One batch: the pass up, the softmax's guess and its training at its share of the learning
+    rate, wrong labels drawn from the guess, all time steps; returns the losses by name."""
     images, drive, states = network.start(images)
     activities = [h for h, _ in states]
     logits = network.softmax(activities)
     wrong = pairs.hard_negatives(logits, labels, generator)
-    softmax_loss = network.softmax.step(activities, logits, labels, learning_rate)
+    rate = learning_rate * softmax_rate
+    softmax_loss = network.softmax.step(activities, logits, labels, rate)
     del activities, logits
     losses = network.step(images, drive, states, labels, wrong, learning_rate)
     found = {f"loss_{k}": loss for k, loss in enumerate(losses, start=1)}

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from ff_utils import datasets, networks, pairs, training
+from ff_utils import datasets, local_fields, networks, pairs, recurrent, training, unsupervised
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +155,40 @@ def test_jitter_shifts_each_image_by_up_to_as_many_pixels():
     assert torch.equal(moved.sum((2, 3)), torch.tensor([1.0, 2.0, 3.0]).expand(400, 3))
     places = {tuple(p.tolist()) for p in (moved[:, 0] > 0).nonzero()[:, 1:]}
     assert places == set(itertools.product(range(5), range(1, 6)))
+
+
+def local(data):
+    fields = [[4, 2, 5], [2, 1, 8]]
+    return local_fields.LocalForwardForward(data.shape, data.classes, fields, label_scale=4.0)
+
+
+@pytest.mark.parametrize(
+    ("build", "learn", "times"),
+    [
+        (make, training.train_forward_forward, 1),
+        (local, training.train_forward_forward, 1),
+        (
+            lambda data: recurrent.RecurrentForwardForward(64, 10, [50]),
+            recurrent.train_recurrent,
+            1,
+        ),
+        (lambda data: make(data, label="none"), unsupervised.train_unsupervised, 2),
+        (lambda data: networks.backprop_network(64, 10, [50]), training.train_backprop, 1),
+    ],
+)
+def test_dropout_meets_every_image_once_an_epoch(digits, monkeypatch, build, learn, times):
+    part, met, drop = digits.subset(200), [], pairs.dropped
+
+    def note(images, *rest):
+        met.append(drop(images, *rest))
+        return met[-1]
+
+    monkeypatch.setattr(pairs, "dropped", note)
+    course = {"epochs": 1, "batch_size": 50, "learning_rate": 0.001, "quiet": True}
+    history = [learn(build(part), part, dropout=share, **course) for share in (0.0, 0.5)]
+    assert sum(map(len, met)) == times * 200
+    assert all(images.count_nonzero() < 0.6 * images.numel() for images in met)
+    assert not history[0].filter(like="loss").equals(history[1].filter(like="loss"))
 
 
 def test_a_layer_that_answers_to_nothing_stops_training(digits):
