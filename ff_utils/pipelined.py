@@ -1,7 +1,7 @@
 """Training past one machine: the layers of a Forward-Forward network spread over ranks.
 
     torchrun --standalone --nproc-per-node 2 -m ff_utils.pipelined --dataset mnist \
-        --hidden 1000 1000 1000 1000 1000 1000 --epochs 2 --checkpoint build/ranks
+        --hidden 800 800 800 800 800 800 --epochs 2 --checkpoint build/ranks
 
 Each rank trains its own layers on what the rank below sends and sends their activations on.
 Nothing ever comes back, so that a rank turns to the next batch as soon as it has done with this

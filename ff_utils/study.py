@@ -79,6 +79,7 @@ def _backprop_errors(network: nn.Module, data: Dataset) -> dict[str, float]:
 
 
 WIDTHS = [1000, 1000, 1000]
+UNLABELLED_FIELDS = ((12, 4, 100), (2, 1, 100), (2, 1, 200))  # grids of 5x5, 4x4 and 3x3
 SUPERVISED = {"hidden": WIDTHS, "label_scale": 4.0, "loss": "pairwise", "scale": 30.0}
 COURSE = {"epochs": 50, "batch_size": 100, "learning_rate": 0.001}
 OTHERS = {"label_scale": 2.0, "loss": "pairwise", "scale": 30.0}
@@ -112,13 +113,13 @@ STUDIES = {
         course=FF_COURSE | {"epochs": 100, "jitter": 2},
     ),
     "unsupervised": Study(
-        "unsupervised, a softmax on frozen layers",
+        "unsupervised, a softmax on frozen layers of local fields",
         0.0137,
-        _forward_forward,
+        _local,
         unsupervised.train_unsupervised,
         _softmax_error,
-        choices={"hidden": WIDTHS, "label": "none", "theta": 1.0, "scale": 30.0},
-        course=COURSE | {"blurs": 3},
+        choices={"fields": UNLABELLED_FIELDS, "label": "none", "loss": "pairwise", "scale": 30.0},
+        course=COURSE | {"epochs": 30, "blurs": 2, "dropout": 0.2},
     ),
     "local": Study(
         "supervised, local receptive fields",
@@ -136,7 +137,7 @@ STUDIES = {
         recurrent.train_recurrent,
         _errors,
         choices=OTHERS | {"hidden": [1000, 1000], "label_scale": 10.0, "steps": 5},
-        course=COURSE,
+        course=COURSE | {"epochs": 20, "softmax_rate": 0.1, "dropout": 0.2},
     ),
     "cifar10": Study(
         "CIFAR-10, local receptive fields",
