@@ -155,9 +155,10 @@ def load(
 
 
 def at_hand(name: str) -> bool:
-    """Whether the files of MNIST or Fashion-MNIST are on disk, so that nothing is downloaded."""
+    """Whether the files of a downloaded data set are on disk, so that nothing is downloaded."""
     folders = paths.data_folders(name)
-    return all(any((f / file).exists() for f in folders) for file in IDX_FILES.values())
+    files = [CIFAR_FILE] if name == "cifar10" else IDX_FILES.values()
+    return all(any((f / file).exists() for f in folders) for file in files)
 
 
 def _digits(fallback: str = "") -> Dataset:

@@ -3,9 +3,11 @@
 `python -m ff_utils.reference` (or `make gpu-reference`) measures one point after the other, each
 in a process of its own, the most telling first. It needs PyTorch, NumPy, pandas and scikit-learn,
 and nothing else. Each record is written as soon as it is there: run again, it measures the rest.
+Minutes that are left then go to trainings at full length, which go on where they were stopped.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import subprocess
@@ -38,9 +40,12 @@ TRAININGS = {
     "backprop": {"batch": 100, "epochs": 10},
     "ff_seed": {"batch": 5000, "epochs": 30},
 }
-OUR_CHOICES = {"label_scale": 4.0, "theta": 1.0, "scale": 30.0}
+OUR_CHOICES = {"loss": "pairwise", "label_scale": 4.0, "scale": 30.0}
+OUR_COURSE = {"learning_rate": 0.001, "guess_share": 0.5, "softmax_rate": 0.3}
 SEED_CHOICES = {"label": "joined", "normalisation": "length", "theta": 2.0}
 SEED_COURSE = {"learning_rate": 0.03, "schedule": "layerwise", "negatives": "random"}
+# At full length, by `study`: the paper's widths, and what has wanted a GPU.
+STUDIES = [("wide", 0), ("wide", 1), ("wide", 2), ("cifar10", 0)]
 
 
 # --- What to measure ------------------------------------------------------------------------
@@ -195,7 +200,7 @@ def _training(point: dict, device: str) -> dict:
         ours = name != "ff_seed"
         choices = (OUR_CHOICES if ours else SEED_CHOICES) | {"device": device}
         network = networks.ForwardForward(data.pixels, data.classes, hidden, **choices)
-        course |= {"learning_rate": 0.001} if ours else SEED_COURSE | {"decay": "none"}
+        course |= OUR_COURSE if ours else SEED_COURSE | {"decay": "none"}
         history = loops.train_forward_forward(network, data, **course)
         error = history.error.iloc[-1] if ours else loops.goodness_errors(network, data)[-1]
     return {
@@ -265,6 +270,23 @@ class Run:
             return {"error": "killed, most often for lack of memory"}
         last = (complaint.strip().splitlines() or ["no message"])[-1]
         return {"error": f"ended with status {process.returncode}: {last}"}
+
+
+def train_at_length(studies: list[tuple[str, int]], deadline: float) -> list[tuple[str, int]]:
+    """Train these studies and seeds, one after the other, until `deadline` (time.monotonic's).
+
+    Each is a process that saves itself after every epoch; one that is stopped goes on in the next
+    call. Returns those that have no record then.
+    """
+    for name, seed in studies:
+        rest = deadline - time.monotonic()
+        if rest <= 0:
+            break
+        print(f"at full length: {name}, seed {seed}", flush=True)
+        command = [sys.executable, "-m", "ff_utils.study", name, "--seed", str(seed)]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, cwd=paths.ROOT, timeout=rest, check=False)
+    return [(n, s) for n, s in studies if not results.record_path(f"{n}-{s}", "study").exists()]
 
 
 def _key(row: dict) -> tuple:
@@ -410,11 +432,16 @@ def main(arguments: list[str] | None = None) -> None:
         folder = FOLDER if options.device == "cuda" else REHEARSALS
         run = Run(folder / f"{name}.jsonl", options.device, options.minutes)
         left = run.measure(points(options.arms, options.depths, *sizes))
+        wanted = [s for s in STUDIES if s[0] != "cifar10" or datasets.at_hand("cifar10")]
+        untrained = train_at_length(wanted if options.device == "cuda" else [], run.deadline)
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     if left:
         depths = sorted({point["depth"] for point in left})
         print(f"left out, for lack of time: {len(left)} points at {depths} layers; run it again")
+    if untrained:
+        told = ", ".join(f"{name} {seed}" for name, seed in untrained)
+        print(f"not yet trained to their end: {told}; run it again, or with more --minutes")
     print(f"records: {paths.relative(run.path)}")
 
 

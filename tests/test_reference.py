@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pandas as pd
 import pytest
@@ -96,6 +97,18 @@ def test_what_needs_too_much_memory_or_dies_is_a_row_with_its_reason(tmp_path, m
     assert row["error"].startswith("ended with status 1")
     # It is tried again, as what ran out of memory is not.
     assert reference.Run(tmp_path / "cpu.jsonl", "cpu", 1).rows == []
+
+
+def test_what_is_left_of_the_time_goes_to_trainings_that_go_on(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    assert reference.train_at_length([("wide", 0)], time.monotonic()) == [("wide", 0)]
+    assert capfd.readouterr().out == ""  # no time, nothing started
+    start = time.monotonic()
+    assert reference.train_at_length([("wide", 1)], start + 3) == [("wide", 1)]
+    assert 3 <= time.monotonic() - start < 30
+    assert capfd.readouterr().out == "at full length: wide, seed 1\n"
+    assert reference.train_at_length([("nonesuch", 0)], start + 300) == [("nonesuch", 0)]
+    assert "study is 'nonesuch'" in capfd.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
