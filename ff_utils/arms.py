@@ -329,7 +329,16 @@ def _on_host(slots: Slots) -> dict:
 
 def _ff_hard_negatives(s: Setting) -> Arm:
     """FF as notebook 2 trains it: a guess, hard negatives drawn from it, a softmax that learns."""
-    network = _network(ForwardForward, s)
+    return _hard_negatives(s)
+
+
+def _ff_hard_negatives_recomputed(s: Setting) -> Arm:
+    """The same to the same bits: what the softmax learns from is computed again, not kept."""
+    return _hard_negatives(s, recompute=True)
+
+
+def _hard_negatives(s: Setting, **settings: object) -> Arm:
+    network = _network(ForwardForward, s, **settings)
     return forward_forward_arm(network, *_rows(s, s.batch // 2), "hard")
 
 
@@ -449,6 +458,9 @@ ARMS = {
     "backprop_seed": ArmKind(_backprop_seed, "backprop (seed)"),
     "ff_resident": ArmKind(_ff, "FF, analytic step"),
     "ff_hard_negatives": ArmKind(_ff_hard_negatives, "FF, hard negatives"),
+    "ff_hard_negatives_recomputed": ArmKind(
+        _ff_hard_negatives_recomputed, "FF, hard negatives, recomputed"
+    ),
     "ff_unsupervised": ArmKind(_ff_unsupervised, "FF, unsupervised"),
     "ff_local": ArmKind(_ff_local, "FF, local fields"),
     "ff_micro_batches": ArmKind(_ff_micro_batches, "FF, micro-batches"),

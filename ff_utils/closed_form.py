@@ -441,11 +441,11 @@ def _ff_layerwise(s: Setting) -> Moment:
     return _largest(stays | moment for moment in _ff_moments(s))
 
 
-def _ff_hard_negatives(s: Setting, joined: int = 0) -> Moment:
+def _ff_hard_negatives(s: Setting, joined: int = 0, kept: int | None = None) -> Moment:
     """As resident FF, or the guess's activities of all layers, for half as many rows; what the
     image alone adds to the first layer's output is kept from the guess to that layer's step.
 
-    joined: inputs that the label adds to the image's.
+    joined: inputs that the label adds to the image's. kept: activities at once, all unless given.
     """
     half = replace(s, batch=s.batch // 2)
     read = replace(s, pixels=s.pixels + joined)
@@ -458,7 +458,7 @@ def _ff_hard_negatives(s: Setting, joined: int = 0) -> Moment:
         "gradients": read.largest - s.bias,
         "inputs": half.images + half.labels,
     }
-    guess = (s.depth + 1) * half.activation + half.row_vector
+    guess = (kept or s.depth + 1) * half.activation + half.row_vector
     # Every row's goodness, what the loss makes of it, and its squares; the wrong labels.
     rows = 6 * s.row_vector + s.bias + half.row_vector + half.labels
     moments = [
@@ -470,6 +470,11 @@ def _ff_hard_negatives(s: Setting, joined: int = 0) -> Moment:
     if s.depth > 1:
         moments.append(2 * s.activation + rows)
     return _largest(stays | {"activations": moment} for moment in moments)
+
+
+def _ff_hard_negatives_recomputed(s: Setting) -> Moment:
+    """As with hard negatives, but of the guess a layer's input and its output at a time."""
+    return _ff_hard_negatives(s, kept=min(3, s.depth + 1))
 
 
 def _ff_unsupervised(s: Setting) -> Moment:
@@ -641,6 +646,7 @@ FORMS = {
     "backprop_seed": _backprop_seed,
     "ff_resident": _ff_resident,
     "ff_hard_negatives": _ff_hard_negatives,
+    "ff_hard_negatives_recomputed": _ff_hard_negatives_recomputed,
     "ff_unsupervised": _ff_unsupervised,
     "ff_local": _ff_local,
     "ff_micro_batches": _ff_micro_batches,

@@ -34,6 +34,7 @@ COLOURS = {
     "backprop_seed": PALE_BLUE,
     "ff_resident": ORANGE,
     "ff_hard_negatives": "#8f2f0a",
+    "ff_hard_negatives_recomputed": "#c2571d",
     "ff_unsupervised": "#f0703a",
     "ff_local": "#a8501a",
     "ff_micro_batches": "#e58a1f",

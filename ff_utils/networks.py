@@ -21,6 +21,8 @@ class ForwardForward(nn.Module):
     guesses: have a softmax that reads the layers, predicts from the neutral label, and draws
         hard negatives. Without, there is nothing but the layers: predict by goodness.
     first_read: the first layer that the softmax reads, from 1; Hinton's reads from 2.
+    recompute: compute the activities that the softmax learns from again, rather than keep one of
+        every layer: less memory for one more forward pass, to the same bits.
     With label="none" the network reads the image alone: train it by `train_unsupervised`.
     Hinton, arXiv 2212.13345, section 3.3; with label="joined", normalisation="length",
     theta=2 and scale=1, the seed's network.
@@ -41,6 +43,7 @@ class ForwardForward(nn.Module):
         optimizer: str = "adam",
         guesses: bool = True,
         first_read: int = 1,
+        recompute: bool = False,
         seed: int = 0,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -60,6 +63,7 @@ class ForwardForward(nn.Module):
         self.settings |= {"optimizer": optimizer, "guesses": guesses, "seed": seed}
         self.settings |= {"first_read": first_read}
         self.label, self.label_scale, self.normalisation = label, label_scale, normalisation
+        self.recompute = recompute
         inputs = pixels + (classes if label == "joined" else 0)
         generator = torch.Generator().manual_seed(seed)
         settings = {
@@ -126,9 +130,11 @@ class ForwardForward(nn.Module):
             layer.normalise_(h)
             yield h
 
-    def keep(self, activities: Iterator[torch.Tensor]) -> Iterable[torch.Tensor]:
-        """Activities that will be read more than once."""
-        return list(activities)
+    def keep(self, h: torch.Tensor | pairs.Labelled, layers: int) -> Iterable[torch.Tensor]:
+        """`activities` that can be read more than once: kept, or computed each time."""
+        if self.recompute:
+            return _Recomputed(partial(self.activities, h, layers))
+        return list(self.activities(h, layers))
 
     def step(
         self,
@@ -227,6 +233,16 @@ class ForwardForward(nn.Module):
         """
         size = rows if by == "softmax" else max(1, rows // self.classes)
         return torch.cat([self.scores(part, by).argmax(1) for part in images.split(size)])
+
+
+class _Recomputed:
+    """What `make` yields, as often as it is read."""
+
+    def __init__(self, make: Callable[[], Iterator[torch.Tensor]]) -> None:
+        self.make = make
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self.make()
 
 
 def backprop_network(

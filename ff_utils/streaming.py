@@ -18,6 +18,7 @@ from ff_utils import checks
 from ff_utils.layers import FFLayer
 from ff_utils.live_bytes import HOST, counted_as
 from ff_utils.networks import ForwardForward
+from ff_utils.pairs import Labelled
 
 ALIGNMENT = 64  # elements: tensors in a slot start where libraries take their fastest kernels
 WEIGHTS = ("weight", "bias")
@@ -302,9 +303,11 @@ class StreamedForwardForward(_Streamed, ForwardForward):
             self.slots = Slots(widths, *self._place_kept, self.gradient)
         return self.slots.take(number, layer)
 
-    def keep(self, activities: Iterator[torch.Tensor]) -> Iterable[torch.Tensor]:
-        """Activities kept in the store, to be read one at a time."""
-        return _Kept(self.slots.store, activities)
+    def keep(self, h: torch.Tensor | Labelled, layers: int) -> Iterable[torch.Tensor]:
+        """Activities kept in the store, to be read one at a time; or computed each time."""
+        if self.recompute:
+            return super().keep(h, layers)
+        return _Kept(self.slots.store, self.activities(h, layers))
 
     def step_in_parts(
         self, h: torch.Tensor, positives: int, learning_rate: float, micro_batches: int

@@ -5,6 +5,7 @@ end, and writes the record; `--evaluate` reads the test set with the committed n
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -114,7 +115,7 @@ STUDIES = {
     ),
     "unsupervised": Study(
         "unsupervised, a softmax on frozen layers of local fields",
-        0.0137,
+        0.0116,
         _local,
         unsupervised.train_unsupervised,
         _softmax_error,
@@ -123,7 +124,7 @@ STUDIES = {
     ),
     "local": Study(
         "supervised, local receptive fields",
-        0.0116,
+        None,
         _local,
         _train,
         _errors,
@@ -164,17 +165,20 @@ STUDIES = {
 def run(name: str, seed: int = 0, epochs: int | None = None, *, quiet: bool = False) -> dict:
     """The record of one study's run with one seed: read if it is there, else trained to.
 
-    epochs: fewer or more than the study's own; a record of no fewer is read, not made again.
+    epochs: fewer or more than the study's own; a record of no fewer, and of the same settings, is
+    read and not made again.
     Training goes on from its checkpoint in `build/study/` where an earlier call was cut short.
     The network that has been trained is kept in `data/networks/`, in 16 bits.
     """
     study = _check(name, seed)
     label, course = f"{name}-{seed}", study.course | ({"epochs": epochs} if epochs else {})
+    about = {"seed": seed, **study.choices, **course, "validation": VALIDATION}
     if results.record_path(label, PROFILE).exists():
         record = results.read(label, PROFILE)
-        if record["parameters"]["epochs"] >= course["epochs"]:
+        made = record["parameters"]
+        longer = made["epochs"] >= course["epochs"]
+        if longer and made | {"epochs": None} == json.loads(json.dumps(about | {"epochs": None})):
             return record
-    about = {"seed": seed, **study.choices, **course, "validation": VALIDATION}
     begun = results.Run(label, PROFILE, about)
     device = training.default_device()
     data = datasets.load(study.dataset).to(device)

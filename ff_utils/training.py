@@ -239,7 +239,7 @@ def forward_forward_step(
     if dropout:
         rows.drop_pixels(dropout, generator)
     if guess:
-        neutral = network.keep(network.activities(rows.with_labels(None), depth))
+        neutral = network.keep(rows.with_labels(None), depth)
         logits = softmax(neutral)
         found["softmax_loss"] = softmax.step(neutral, logits, labels, learning_rate * softmax_rate)
         softmax.note_guess(logits, labels)

@@ -79,6 +79,6 @@ def softmax_step(
 ) -> torch.Tensor:
     """One step of the softmax on the layers as they are; returns its loss ()."""
     rows = network.labelled(images).with_labels(None)
-    activities = network.keep(network.activities(rows, len(network.layers)))
+    activities = network.keep(rows, len(network.layers))
     logits = network.softmax(activities)
     return network.softmax.step(activities, logits, labels, learning_rate)

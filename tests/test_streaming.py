@@ -60,6 +60,16 @@ def test_streamed_learns_what_resident_learns_bit_for_bit(digits, store, schedul
         assert torch.equal(*found)
 
 
+def test_what_the_softmax_learns_from_is_the_same_kept_or_computed_again(digits, store):
+    resident, streamed = pair(digits, store, streamed={"recompute": True})
+    again = ForwardForward(digits.pixels, digits.classes, HIDDEN, recompute=True, **SETTINGS)
+    course = {"epochs": 2, "batch_size": 40, "learning_rate": 0.003, "quiet": True}
+    for network in (resident, streamed, again):
+        training.train_forward_forward(network, digits, **course)
+    assert resident.softmax.weight.any()
+    assert equal(resident, streamed) and equal(resident, again)
+
+
 @pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_fetching_ahead_and_micro_batches_change_no_bit(digits, store, ahead, micro_batches):
