@@ -147,6 +147,11 @@ def git_commit() -> str:
         return "unknown"
 
 
+def less(saved: float) -> str:
+    """A share that is saved, in words: "12% less", or "3% more" where it is below zero."""
+    return f"{abs(saved):.0%} {'less' if saved > 0 else 'more'}"
+
+
 def footer(record: dict) -> None:
     """Print what made a record: the closing cell of every notebook."""
     made = record["provenance"]
