@@ -138,7 +138,7 @@ def _backprop_with(s: Setting, **remedies: object) -> Arm:
 
 
 def _backprop_checkpoint(s: Setting) -> Arm:
-    """Keeps activities between runs of about sqrt(depth) layers; computes the others again."""
+    """Keeps activations between runs of about sqrt(depth) layers; computes the others again."""
     return _backprop_with(s, checkpoint=True)
 
 
@@ -170,7 +170,7 @@ def _backprop_frugal(s: Setting) -> Arm:
 
 
 def _backprop_streamed(s: Setting, ahead: int = 1, micro_batches: int = 1) -> Arm:
-    """One layer on the device; weights, moments and activities wait on the host."""
+    """One layer on the device; weights, moments and activations wait on the host."""
     network = _network(StreamedBackprop, s, store=s.store, ahead=ahead)
     images, labels = _rows(s, s.batch)
     some = images[: -(-s.batch // micro_batches)]

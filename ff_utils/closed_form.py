@@ -59,7 +59,7 @@ class Setting:
 
     @property
     def activation(self) -> int:
-        """One hidden layer's activities: batch x hidden."""
+        """One hidden layer's activations: batch x hidden."""
         return self.element * self.batch * self.hidden
 
     @property
@@ -189,7 +189,7 @@ def _backprop_moments(
         "inputs": s.images + s.labels,
     }
     runs = segment_sizes(s.depth) if checkpoint else [s.depth]
-    # Hidden activities held at the end of the forward pass: within the last run, and between.
+    # Hidden activations held at the end of the forward pass: within the last run, and between.
     held = 0 if offload else (runs[-1] + len(runs) - 1) * a
     small = 0 if offload else part.logits
     parts = _accumulated(s, weights, micro_batches, optimizer_in_backward)
@@ -247,7 +247,7 @@ def _accumulated(
 
 
 def _backprop_checkpoint(s: Setting) -> Moment:
-    """The activities between runs of sqrt(depth) layers, and one run computed again."""
+    """The activations between runs of sqrt(depth) layers, and one run computed again."""
     return _largest(_backprop_moments(s, checkpoint=True))
 
 
@@ -442,10 +442,10 @@ def _ff_layerwise(s: Setting) -> Moment:
 
 
 def _ff_hard_negatives(s: Setting, joined: int = 0, kept: int | None = None) -> Moment:
-    """As resident FF, or the guess's activities of all layers, for half as many rows; what the
+    """As resident FF, or the guess's activations of all layers, for half as many rows; what the
     image alone adds to the first layer's output is kept from the guess to that layer's step.
 
-    joined: inputs that the label adds to the image's. kept: activities at once, all unless given.
+    joined: inputs that the label adds to the image's. kept: activations at once, all unless given.
     """
     half = replace(s, batch=s.batch // 2)
     read = replace(s, pixels=s.pixels + joined)
@@ -478,7 +478,7 @@ def _ff_hard_negatives_recomputed(s: Setting) -> Moment:
 
 
 def _ff_unsupervised(s: Setting) -> Moment:
-    """As resident FF, or the making of hybrids, or the softmax's activities of all layers, for
+    """As resident FF, or the making of hybrids, or the softmax's activations of all layers, for
     the images, which are half of the rows."""
     half = replace(s, batch=s.batch // 2)
     rows = replace(s, batch=s.batch // 2 * 2)

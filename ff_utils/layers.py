@@ -28,7 +28,7 @@ SEED_LOSSES = {
 
 
 def goodness(y: torch.Tensor) -> torch.Tensor:
-    """Mean of the squared activities of each row: (rows, width) -> (rows,)."""
+    """Mean of the squared activations of each row: (rows, width) -> (rows,)."""
     return torch.linalg.vector_norm(y, dim=1).square_().div_(y.shape[1])
 
 
@@ -36,7 +36,7 @@ def normalise_(y: torch.Tensor, kind: str) -> torch.Tensor:
     """Normalise each row of `y` (rows, width) in place; returns the divisor of each row (rows,).
 
     kind: "length" divides by the Euclidean norm (the seed); "mean_square" by the root mean
-        square (Hinton), so that each activity stays near 1 however wide the layer.
+        square (Hinton), so that each activation stays near 1 however wide the layer.
     What is left is the direction alone: the next layer cannot read this one's verdict.
     """
     divisor = torch.linalg.vector_norm(y, dim=1)
@@ -299,10 +299,10 @@ class FFLayer(nn.Module):
 
 
 class LocalSoftmax(nn.Module):
-    """A linear softmax over the normalised activities of the layers, trained analytically.
+    """A linear softmax over the normalised activations of the layers, trained analytically.
 
     It sends nothing back into the layers. Its guess on a neutral label predicts the class and
-    draws hard negatives (Hinton, section 3.3). Activities are read at mean square 1, whatever
+    draws hard negatives (Hinton, section 3.3). Activations are read at mean square 1, whatever
     the layers' normalisation: logits = sum over layers of gain_l h_l A_l^T + a.
     first: the first layer that it reads, from 1.
     """
@@ -328,39 +328,39 @@ class LocalSoftmax(nn.Module):
         self.optimizer = OPTIMIZERS[optimizer](self, ["weight", "bias"])
         self.register_buffer("confusion", torch.full((classes, classes), 1 / classes, **kind))
 
-    def forward(self, activities: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Activities of the first layers, each (rows, width), normalised -> (rows, classes).
+    def forward(self, activations: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Activations of the first layers, each (rows, width), normalised -> (rows, classes).
 
         They may come one at a time: none is kept.
         """
         logits = self.bias
-        for h, gain, block in self._read(activities, self.weight):
+        for h, gain, block in self._read(activations, self.weight):
             logits = torch.addmm(logits, h, block.t(), alpha=gain)
         return logits
 
     def step(
         self,
-        activities: Iterable[torch.Tensor],
+        activations: Iterable[torch.Tensor],
         logits: torch.Tensor,
         labels: torch.Tensor,
         learning_rate: float,
     ) -> torch.Tensor:
-        """One step of cross-entropy on `logits` = self(activities); returns the loss ()."""
+        """One step of cross-entropy on `logits` = self(activations); returns the loss ()."""
         loss = nn.functional.cross_entropy(logits, labels)
         error = logits.softmax(dim=1)
         error[torch.arange(len(labels), device=labels.device), labels] -= 1
         error /= len(labels)
         dw = torch.zeros_like(self.weight)
-        for h, gain, block in self._read(activities, dw):
+        for h, gain, block in self._read(activations, dw):
             block.addmm_(error.t(), h, alpha=gain)
         self.optimizer.update([dw, error.sum(dim=0)], learning_rate)
         return loss
 
     def _read(
-        self, activities: Iterable[torch.Tensor], weight: torch.Tensor
+        self, activations: Iterable[torch.Tensor], weight: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, float, torch.Tensor]]:
-        """Of every layer that is read: its activities, their gain, its part of `weight`."""
-        read = islice(activities, self.unread, None)
+        """Of every layer that is read: its activations, their gain, its part of `weight`."""
+        read = islice(activations, self.unread, None)
         return zip(read, self.gains, weight.split(self.widths, dim=1), strict=False)
 
     def note_guess(self, logits: torch.Tensor, labels: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ class ForwardForward(nn.Module):
     guesses: have a softmax that reads the layers, predicts from the neutral label, and draws
         hard negatives. Without, there is nothing but the layers: predict by goodness.
     first_read: the first layer that the softmax reads, from 1; Hinton's reads from 2.
-    recompute: compute the activities that the softmax learns from again, rather than keep one of
+    recompute: compute the activations that the softmax learns from again, rather than keep one of
         every layer: less memory for one more forward pass, to the same bits.
     With label="none" the network reads the image alone: train it by `train_unsupervised`.
     Hinton, arXiv 2212.13345, section 3.3; with label="joined", normalisation="length",
@@ -120,21 +120,21 @@ class ForwardForward(nn.Module):
         return pairs.Labelled(images, self.classes, *choices)
 
     def forward(self, h: torch.Tensor) -> list[torch.Tensor]:
-        """Normalised activities of every layer: (rows, inputs) -> list of (rows, width)."""
-        return list(self.activities(h, len(self.layers)))
+        """Normalised activations of every layer: (rows, inputs) -> list of (rows, width)."""
+        return list(self.activations(h, len(self.layers)))
 
-    def activities(self, h: torch.Tensor | pairs.Labelled, layers: int) -> Iterator[torch.Tensor]:
-        """Normalised activities of the first `layers` layers, one at a time."""
+    def activations(self, h: torch.Tensor | pairs.Labelled, layers: int) -> Iterator[torch.Tensor]:
+        """Normalised activations of the first `layers` layers, one at a time."""
         for layer in self.visit(range(layers)):
             h = layer(h)
             layer.normalise_(h)
             yield h
 
     def keep(self, h: torch.Tensor | pairs.Labelled, layers: int) -> Iterable[torch.Tensor]:
-        """`activities` that can be read more than once: kept, or computed each time."""
+        """`activations` that can be read more than once: kept, or computed each time."""
         if self.recompute:
-            return _Recomputed(partial(self.activities, h, layers))
-        return list(self.activities(h, layers))
+            return _Recomputed(partial(self.activations, h, layers))
+        return list(self.activations(h, layers))
 
     def step(
         self,
@@ -190,7 +190,7 @@ class ForwardForward(nn.Module):
         if self.softmax is None:
             raise ValueError("this network was built with guesses=False: predict by 'goodness'.")
         neutral = self.labelled(images).with_labels(None)
-        return self.softmax(self.activities(neutral, len(self.layers)))
+        return self.softmax(self.activations(neutral, len(self.layers)))
 
     def label_goodness(self, images: torch.Tensor) -> torch.Tensor:
         """Goodness of every label in every layer: images (N, pixels) -> (layers, N, classes).

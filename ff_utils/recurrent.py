@@ -19,7 +19,7 @@ from ff_utils.networks import EVALUATION_ROWS, ForwardForward
 from ff_utils.pairs import EPSILON
 from ff_utils.training import fit, prediction_error, refuse_silent
 
-# A layer's activities, normalised, and what each row was divided by: (rows, width) and (rows,).
+# A layer's activations, normalised, and what each row was divided by: (rows, width) and (rows,).
 State = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -268,12 +268,12 @@ def recurrent_step(
     """One batch: the pass up, the softmax's guess and its training at its share of the learning
     rate, wrong labels drawn from the guess, all time steps; returns the losses by name."""
     images, drive, states = network.start(images)
-    activities = [h for h, _ in states]
-    logits = network.softmax(activities)
+    activations = [h for h, _ in states]
+    logits = network.softmax(activations)
     wrong = pairs.hard_negatives(logits, labels, generator)
     rate = learning_rate * softmax_rate
-    softmax_loss = network.softmax.step(activities, logits, labels, rate)
-    del activities, logits
+    softmax_loss = network.softmax.step(activations, logits, labels, rate)
+    del activations, logits
     losses = network.step(images, drive, states, labels, wrong, learning_rate)
     found = {f"loss_{k}": loss for k, loss in enumerate(losses, start=1)}
     return found | {"softmax_loss": softmax_loss}

@@ -22,7 +22,7 @@ class Backprop:
     """A training step of a classifier by backpropagation.
 
     network: blocks in a row, as `backprop_network` makes them; labels are class numbers.
-    checkpoint: keep the activities between segments of about sqrt(layers) layers, and compute
+    checkpoint: keep the activations between segments of about sqrt(layers) layers, and compute
         those within a segment again when the backward pass comes to it (Chen et al., arXiv
         1604.06174; `torch.utils.checkpoint`).
     optimizer_in_backward: update each tensor as soon as its gradient is there and free the

@@ -304,10 +304,10 @@ class StreamedForwardForward(_Streamed, ForwardForward):
         return self.slots.take(number, layer)
 
     def keep(self, h: torch.Tensor | Labelled, layers: int) -> Iterable[torch.Tensor]:
-        """Activities kept in the store, to be read one at a time; or computed each time."""
+        """Activations kept in the store, to be read one at a time; or computed each time."""
         if self.recompute:
             return super().keep(h, layers)
-        return _Kept(self.slots.store, self.activities(h, layers))
+        return _Kept(self.slots.store, self.activations(h, layers))
 
     def step_in_parts(
         self, h: torch.Tensor, positives: int, learning_rate: float, micro_batches: int
@@ -358,7 +358,7 @@ class StreamedBackprop(_Streamed):
 
     A step goes up through the layers, leaving each one's input on the host, and down again,
     fetching them, by the chain rule written out: dz = dy where y > 0, dW = dz^T h, dh = dz W.
-    Weights travel up once more than in FF, activities three times.
+    Weights travel up once more than in FF, activations three times.
     """
 
     def __init__(
@@ -404,7 +404,7 @@ class StreamedBackprop(_Streamed):
     ) -> torch.Tensor:
         """Train every layer on one batch; returns the mean cross-entropy ().
 
-        With micro-batches rows come to a layer a part at a time: of activities and of the
+        With micro-batches rows come to a layer a part at a time: of activations and of the
         gradient on its way down, the device holds one part, the host the others.
         """
         size = -(-len(images) // micro_batches)
@@ -447,7 +447,7 @@ class StreamedBackprop(_Streamed):
                 dw.addmm_(dz.t(), below, beta=beta)
                 torch.sum(dz, dim=0, out=db) if p == 0 else db.add_(dz.sum(dim=0))
                 if number > 0:
-                    if few:  # read again rather than kept: one activity less on the device
+                    if few:  # read again rather than kept: one activation less on the device
                         del below
                     dz = dz @ layer.weight
                     below = self._kept(number, p, part) if few else below

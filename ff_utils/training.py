@@ -204,7 +204,7 @@ def train_forward_forward(
     def measure(stage: int | None, epoch: int) -> dict:
         depth = len(network.layers) if stage is None else stage + 1
         some = network.inputs(data.test_images[:EVALUATION_ROWS], None)
-        refuse_silent(network.activities(some, depth), epoch)
+        refuse_silent(network.activations(some, depth), epoch)
         return {"error": softmax_error(network, data, depth), **after_epoch()}
 
     stages = [None] if schedule == "joint" else list(range(len(network.layers)))
@@ -259,7 +259,7 @@ def forward_forward_step(
     if stage is None:
         losses = network.step(h, len(labels), learning_rate)
     else:
-        for above in network.activities(h, stage):
+        for above in network.activations(h, stage):
             h = above
         for layer in network.visit([stage], update=True):
             _, losses = layer.step(h, len(labels), learning_rate, network.gradient)
@@ -363,8 +363,8 @@ def softmax_error(network: ForwardForward, data: Dataset, depth: int | None = No
     depth = depth or len(network.layers)
     wrong = 0
     for images, labels in test_batches(data):
-        activities = network.activities(network.labelled(images).with_labels(None), depth)
-        wrong += (network.softmax(activities).argmax(1) != labels).sum()
+        activations = network.activations(network.labelled(images).with_labels(None), depth)
+        wrong += (network.softmax(activations).argmax(1) != labels).sum()
     return float(wrong) / len(data.test_labels)
 
 
@@ -506,9 +506,9 @@ def _refuse_non_finite(losses: dict[str, float], epoch: int) -> None:
             )
 
 
-def refuse_silent(activities: Iterable[torch.Tensor], epoch: int) -> None:
+def refuse_silent(activations: Iterable[torch.Tensor], epoch: int) -> None:
     """FloatingPointError for a layer whose units are zero for every image."""
-    for number, h in enumerate(activities, start=1):
+    for number, h in enumerate(activations, start=1):
         if not h.any():
             raise FloatingPointError(
                 f"layer {number} is dead in epoch {epoch}, no unit of it answers to any image; "

@@ -49,7 +49,7 @@ def train_unsupervised(
 
     def measure(stage: str, epoch: int) -> dict:
         some = network.inputs(data.test_images[:EVALUATION_ROWS], None)
-        refuse_silent(network.activities(some, len(network.layers)), epoch)
+        refuse_silent(network.activations(some, len(network.layers)), epoch)
         return {"error": softmax_error(network, data)} if stage == "softmax" else {}
 
     course |= {"batch_size": batch_size, "stages": STAGES}
@@ -79,6 +79,6 @@ def softmax_step(
 ) -> torch.Tensor:
     """One step of the softmax on the layers as they are; returns its loss ()."""
     rows = network.labelled(images).with_labels(None)
-    activities = network.keep(rows, len(network.layers))
-    logits = network.softmax(activities)
-    return network.softmax.step(activities, logits, labels, learning_rate)
+    activations = network.keep(rows, len(network.layers))
+    logits = network.softmax(activations)
+    return network.softmax.step(activations, logits, labels, learning_rate)

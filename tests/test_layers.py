@@ -150,20 +150,20 @@ def test_dead_layers_change_nothing_and_make_no_nan():
 def test_the_local_softmax_learns_as_autograd_would(normalisation):
     softmax = LocalSoftmax([4, 6], 3, normalisation, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    activities = [torch.randn(8, w, generator=generator, dtype=torch.float64) for w in (4, 6)]
+    activations = [torch.randn(8, w, generator=generator, dtype=torch.float64) for w in (4, 6)]
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0])
     linear = torch.nn.Linear(10, 3, dtype=torch.float64)
     torch.nn.init.zeros_(linear.weight)
     torch.nn.init.zeros_(linear.bias)
     oracle = torch.optim.Adam(linear.parameters(), lr=0.05)
     gains = [2.0, 6**0.5] if normalisation == "length" else [1.0, 1.0]
-    joined = torch.cat([g * h for g, h in zip(gains, activities, strict=True)], dim=1)
+    joined = torch.cat([g * h for g, h in zip(gains, activations, strict=True)], dim=1)
     for _ in range(4):
         oracle.zero_grad()
         expected = torch.nn.functional.cross_entropy(linear(joined), labels)
         expected.backward()
         oracle.step()
-        found = softmax.step(activities, softmax(activities), labels, 0.05)
+        found = softmax.step(activations, softmax(activations), labels, 0.05)
         assert abs(found - expected) < 1e-10
     assert torch.allclose(softmax.weight, linear.weight, atol=1e-10)
     assert torch.allclose(softmax.bias, linear.bias, atol=1e-10)

@@ -49,8 +49,8 @@ def test_labelled_rows_teach_what_rows_with_the_labels_written_in_teach(label, n
     for _ in range(3):
         rows = other.labelled(images(5))
         for h, found in zip(
-            one.activities(one.inputs(images(5), None), 2),
-            other.activities(rows.with_labels(None), 2),
+            one.activations(one.inputs(images(5), None), 2),
+            other.activations(rows.with_labels(None), 2),
             strict=True,
         ):
             assert torch.allclose(h, found, atol=1e-10)

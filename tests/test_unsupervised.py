@@ -46,9 +46,9 @@ def test_the_softmax_reads_from_the_layer_that_is_named(digits):
     network = make(digits, hidden=(7, 5, 3))
     assert network.softmax.weight.shape == (10, 8)
     h = network.inputs(digits.test_images[:6], None)
-    activities = list(network.activities(h, 3))
+    activations = list(network.activations(h, 3))
     network.softmax.weight.normal_(generator=torch.Generator().manual_seed(0))
-    expected = torch.cat(activities[1:], dim=1) @ network.softmax.weight.t()
+    expected = torch.cat(activations[1:], dim=1) @ network.softmax.weight.t()
     assert torch.allclose(network.guess(digits.test_images[:6]), expected, atol=1e-5)
 
 
