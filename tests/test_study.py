@@ -67,6 +67,19 @@ def test_a_run_cut_short_goes_on_to_the_same_record(tiny, monkeypatch):
     ]
 
 
+def test_a_record_of_other_settings_is_made_anew(tiny, monkeypatch):
+    old = study.run("tiny", 0, quiet=True)
+    kind = study.STUDIES["tiny"]
+    other = dataclasses.replace(kind, course=kind.course | {"dropout": 0.3})
+    monkeypatch.setitem(study.STUDIES, "tiny", other)
+    with pytest.raises(ValueError, match="tiny-0-3.pt is of a run whose dropout is 0.2, not 0.3"):
+        study.run("tiny", 0, quiet=True)
+    (paths.BUILD / study.PROFILE / "tiny-0-3.pt").unlink()
+    new = study.run("tiny", 0, quiet=True)
+    assert new["parameters"] == old["parameters"] | {"dropout": 0.3}
+    assert new["metrics"]["history"] != old["metrics"]["history"]
+
+
 def test_what_is_missing_or_unknown_is_one_sentence(tiny, capsys):
     with pytest.raises(ValueError, match="study is 'huge'; choose one of: tiny"):
         study.run("huge")
