@@ -4,7 +4,7 @@ import re
 
 import pandas as pd
 
-from ff_utils import claims, files, paths, reference, results
+from ff_utils import claims, files, paths, reference, results, study
 from ff_utils.arms import ARMS
 from ff_utils.datasets import TITLES
 from ff_utils.live_bytes import format_bytes
@@ -21,7 +21,6 @@ NOTEBOOKS = (
     "09_one_setting",
     "10_past_one_machine",
 )
-PAPER = 0.0136  # test error of Hinton's supervised network
 FORMS = {
     "unsupervised": "a softmax on layers that learned without labels",
     "local": "local receptive fields",
@@ -84,11 +83,7 @@ def _findings(records: dict[str, dict]) -> str:
     shallow = min(depth for _, depth in peaks)
     first = format_bytes(peaks["ff_seed", shallow])
     frugal, equal = peaks["backprop_frugal", depth], memory["at_equal_images"]
-    guess = {
-        "kept": equal["ff_hard_negatives"],
-        "recomputed": equal["ff_hard_negatives_recomputed"],
-    }
-    guess = {name: found["slope"] / 1e6 for name, found in guess.items()}
+    as_many = {arm: found["slope"] / 1e6 for arm, found in equal.items()}
     remedies = 1 - peaks["ff_resident", depth] / frugal
     streamed = {row["arm"]: row for row in memory["streamed"]}
     deepest = next(name for name in reversed(memory["streamed"][0]) if "layers" in name)
@@ -110,7 +105,7 @@ def _findings(records: dict[str, dict]) -> str:
         "backprop": _full_length(records, "backprop"),
     }
     reached = "it reaches the paper's accuracy"
-    if full["FF"][0] > PAPER:
+    if full["FF"][0] > study.STUDIES["supervised"].paper:
         reached = "it stays behind the paper's accuracy"
     verdict = "a difference" if apart else "no more than one seed's test set can tell apart"
     lines = [
@@ -118,9 +113,11 @@ def _findings(records: dict[str, dict]) -> str:
         f"plain backprop {slopes['backprop']:.0f} MB and FF {slopes['ff_resident']:.0f} MB "
         f"(10^6 bytes), its negatives given; at {depth} layers FF needs "
         f"{memory['saved_at_last_depth']:.0%} less. As it is trained here it guesses, to draw hard "
-        f"negatives. On as many images as backprop's that makes {guess['kept']:.0f} MB a layer "
-        f"where the guess keeps its activations, and {guess['recomputed']:.0f} MB, to the same "
-        "bits, where it computes them again.",
+        f"negatives. On as many images as backprop's that makes "
+        f"{as_many['ff_hard_negatives']:.0f} MB a layer "
+        f"where the guess keeps its activations, and "
+        f"{as_many['ff_hard_negatives_recomputed']:.0f} MB, to the same bits, where it computes "
+        "them again.",
         f"**So do backprop's remedies.** Activations on the host and an optimizer in the backward "
         f"pass bring backprop to {slopes['backprop_frugal']:.0f} MB a layer too; at {depth} layers "
         f"FF needs {results.less(remedies)} than that for as many rows, and "
@@ -155,9 +152,9 @@ def _findings(records: dict[str, dict]) -> str:
     return "\n".join(f"{number}. {line}" for number, line in enumerate(lines, start=1))
 
 
-def _full_length(records: dict[str, dict], study: str) -> tuple[float, str]:
+def _full_length(records: dict[str, dict], name: str) -> tuple[float, str]:
     """Mean test error of a study's runs, and in words how many runs of how many epochs."""
-    runs = [r for r in records["07_every_form"]["metrics"]["full_length"] if r["study"] == study]
+    runs = [r for r in records["07_every_form"]["metrics"]["full_length"] if r["study"] == name]
     count = f"one run of {runs[0]['epochs']} epochs"
     if len(runs) > 1:
         count = f"{len(runs)} runs of {runs[0]['epochs']} epochs, on average"
