@@ -21,7 +21,7 @@ from statistics import median
 import pandas as pd
 import torch
 
-from ff_utils import checks, closed_form, datasets, files, memory, networks, paths, results
+from ff_utils import checks, closed_form, datasets, files, memory, networks, paths, results, study
 from ff_utils import training as loops
 from ff_utils.arms import ARMS
 from ff_utils.closed_form import Setting
@@ -286,7 +286,9 @@ def train_at_length(studies: list[tuple[str, int]], deadline: float) -> list[tup
         command = [sys.executable, "-m", "ff_utils.study", name, "--seed", str(seed)]
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(command, cwd=paths.ROOT, timeout=rest, check=False)
-    return [(n, s) for n, s in studies if not results.record_path(f"{n}-{s}", "study").exists()]
+    return [
+        (n, s) for n, s in studies if not results.record_path(f"{n}-{s}", study.PROFILE).exists()
+    ]
 
 
 def _key(row: dict) -> tuple:
