@@ -239,11 +239,14 @@ def _label_ends(
     overflow = max(0.0, floor - 0.95)
     for position, (x, y, name, colour) in enumerate(ends):
         if x < right and not all_right:  # a line that ends early carries its name at its end
+            lowest = y <= min(other for _, other, _, _ in ends)
             axis.annotate(
                 name,
                 (x, y),
-                xytext=(8, 4),
+                xytext=(0, -8 if lowest else 8),
                 textcoords="offset points",
+                ha="center",
+                va="top" if lowest else "bottom",
                 color=colour,
                 fontsize=10,
                 weight="bold",

@@ -197,7 +197,7 @@ class FFLayer(nn.Module):
     def forward(self, h: torch.Tensor | Labelled) -> torch.Tensor:
         """y = relu(h W^T + b): (rows, inputs) -> (rows, outputs)."""
         if isinstance(h, Labelled):
-            return h.times(self.weight).add_(self.bias).relu_()
+            return h.times(self.weight, self.bias).relu_()
         return torch.addmm(self.bias, h, self.weight.t()).relu_()
 
     def normalise_(self, y: torch.Tensor) -> torch.Tensor:
@@ -268,8 +268,10 @@ class FFLayer(nn.Module):
         start, positives, count = rows
         y = self(h)
         here = min(max(positives - start, 0), len(h))
-        value, slope = self.local_loss(goodness(y), here, (positives, count - positives))
-        row_scale = self.normalise_(y).mul_(slope).mul_(2 / y.shape[1])
+        divisor = self.normalise_(y)
+        g = self.goodness_of(divisor.clone())
+        value, slope = self.local_loss(g, here, (positives, count - positives))
+        row_scale = divisor.mul_(slope).mul_(2 / y.shape[1])
         if isinstance(h, Labelled):
             h.write_gradient(y, row_scale, dw)
         else:

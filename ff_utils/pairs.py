@@ -86,19 +86,20 @@ class Labelled:
         """Rows."""
         return len(self.labels) * len(self.image)
 
-    def times(self, weight: torch.Tensor) -> torch.Tensor:
-        """Rows times the transpose of `weight` (outputs, inputs): (rows, outputs)."""
+    def times(self, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Rows times the transpose of `weight` (outputs, inputs), plus `bias`: (rows, outputs)."""
         if "product" not in self.shared:
             self.shared["product"] = self.image @ weight[:, self.image_inputs].t()
-        codes = weight[:, self.code_inputs].t().contiguous()  # rows are read one by one
+        # Label by label, so that rows are read one by one: (classes, outputs).
+        codes = weight[:, self.code_inputs].t().mul(self.scale).contiguous()
         y = weight.new_empty(len(self), len(weight))
         for block, labels in zip(y.split(len(self.image)), self.labels, strict=True):
             if labels is None:
                 block.copy_(codes.mean(dim=0))
             else:
                 torch.index_select(codes, 0, labels, out=block)
-            block.mul_(self.scale).add_(self.shared["product"])
-            block.div_(self._divisor(labels)[:, None])
+            block.add_(self.shared["product"])
+            torch.addcdiv(bias, block, self._divisor(labels)[:, None], out=block)
         return y
 
     def write_gradient(self, y: torch.Tensor, row_scale: torch.Tensor, dw: torch.Tensor) -> None:
@@ -109,8 +110,9 @@ class Labelled:
         count, mixed = len(self.image), self.shared.pop("product")
         divisors = torch.cat([self._divisor(labels) for labels in self.labels])
         by_row = (row_scale / divisors)[:, None]
-        mixed.zero_()
-        for block, share in zip(y.split(count), by_row.split(count), strict=True):
+        blocks, shares = y.split(count), by_row.split(count)
+        torch.mul(blocks[0], shares[0], out=mixed)
+        for block, share in zip(blocks[1:], shares[1:], strict=True):
             mixed.addcmul_(block, share)
         dw[:, self.image_inputs].addmm_(mixed.t(), self.image, beta=0)
         del mixed

@@ -90,7 +90,8 @@ def _findings(records: dict[str, dict]) -> str:
     flat = [streamed[ARMS[arm].title][deepest] for arm in FLAT]
     timed = {row["arm"]: row for row in memory["timed"]}
     other, layerwise = timed["backprop_streamed"], timed["ff_layerwise"]
-    slower = other["per_1000_images"] / layerwise["per_1000_images"]
+    slower = f"{other['per_1000_images'] / layerwise['per_1000_images']:.1f}"
+    time = "about" if slower == "1.0" else f"{slower} times"
     traffic = other["moved_bytes"] / other["images"] * layerwise["images"]
     traffic /= layerwise["moved_bytes"]
     crossings = memory["seed_crossings"]
@@ -128,7 +129,7 @@ def _findings(records: dict[str, dict]) -> str:
         f"and {flat[3]:.0f} MB.",
         f"**What is FF's alone is to finish one layer before the next.** Its weights then come and "
         f"go once in all its epochs. For as many images streamed backprop moves {traffic:.1f} "
-        f"times the bytes and takes {slower:.1f} times as long, on a CPU whose host is files. "
+        f"times the bytes and takes {time} as long, on a CPU whose host is files. "
         "The price: the data set's activations are kept, of one layer at a time.",
         f"**The seed's FF saves none of that.** It caches the data set's activations on the device "
         f"and starts at {first}. It overtakes the seed's own baseline "

@@ -73,7 +73,8 @@ def test_dropped_pixels_are_zero_for_every_label_and_the_others_make_up_for_them
     one, other = (rows.with_labels(torch.full((2000,), c)) for c in (0, 1))
     weight = torch.zeros(1, 20, dtype=torch.float64)
     weight[0, 4:] = 1.0
-    assert torch.equal(one.times(weight), other.times(weight))
+    bias = torch.zeros(1, dtype=torch.float64)
+    assert torch.equal(one.times(weight, bias), other.times(weight, bias))
 
 
 def test_both_adds_the_softmax_and_the_goodness_as_log_probabilities():
