@@ -50,7 +50,12 @@ COLOURS = {
     "backprop_language": "#7fb2d9",
 }
 POSITIVE, NEGATIVE = "#2a8c82", "#a5528f"
-CATEGORY_COLOURS = dict(zip(CATEGORIES, sns.color_palette("colorblind", 6), strict=True))
+CATEGORY_COLOURS = dict(zip(CATEGORIES, [*sns.color_palette("colorblind", 5), GREY], strict=True))
+INSTRUMENT_NAMES = {
+    "tracked": "tracked: a real step's tensors",
+    "rss": "rss: what the process takes",
+    "cuda": "cuda: what the GPU's allocator gives",
+}
 # Shades of one scheme for any series that is not an arm.
 SERIES = [ORANGE, BLUE, "#5b5f97", "#2a8c82", "#b8336a", GREY]
 DPI = 140
@@ -180,8 +185,6 @@ def label_goodness(
         colours = [ORANGE if k == chosen else PALE_ORANGE for k in range(len(found))]
         bars.bar(range(len(found)), found.cpu(), color=colours)
         bars.set(xticks=range(len(found)), xlabel="label tried", ylabel="goodness")
-        low, high = float(found.min()), float(found.max())
-        bars.set_ylim(max(0, low - (high - low)), high + 0.1 * (high - low))
         verdict = "right" if chosen == true else "wrong"
         bars.set_title(f"says {chosen}, is {true}: {verdict}", fontsize=10, weight="normal")
     figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
@@ -209,10 +212,7 @@ def curves(
         axis.plot(table[x], values, color=colour, marker="o", ms=3.5, lw=2)
         ends.append((float(table[x].iloc[-1]), float(values.iloc[-1]), name, colour))
     if log:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        axis.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        axis.tick_params(axis="y", which="minor", labelsize=8)
+        _log_ticks(axis, "y", (1, 1.5, 2, 3, 5, 7))
     if x == "epoch":
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     xlabel = {"elapsed": "seconds of training, evaluation apart"}.get(x, x)
@@ -232,11 +232,11 @@ def _label_ends(
     right = max(x for x, _, _, _ in ends)
     order = np.argsort(heights)
     placed: dict[int, float] = {}
-    floor = -np.inf
+    floor, ceiling = -np.inf, 0.95 + gap
     for position in order:
-        placed[position] = max(heights[position], floor + gap)
-        floor = placed[position]
-    overflow = max(0.0, floor - 0.95)
+        floor = placed[position] = max(heights[position], floor + gap)
+    for position in order[::-1]:  # those that were pushed out at the top push the others down
+        ceiling = placed[position] = min(placed[position], ceiling - gap)
     for position, (x, y, name, colour) in enumerate(ends):
         if x < right and not all_right:  # a line that ends early carries its name at its end
             lowest = y <= min(other for _, other, _, _ in ends)
@@ -256,7 +256,7 @@ def _label_ends(
             name,
             xy=(x, y),
             xycoords="data",
-            xytext=(1.03, placed[position] - overflow),
+            xytext=(1.03, placed[position]),
             textcoords="axes fraction",
             color=colour,
             va="center",
@@ -475,9 +475,9 @@ def memory_bars(table: pd.DataFrame, *, title: str, note: str = "") -> Figure:
 
 
 def breakdown(table: pd.DataFrame, *, title: str, note: str = "") -> Figure:
-    """What the peak is made of: one stacked bar a row of `table`, by category."""
+    """What the peak is made of: one stacked bar a row of `table`, an arm's, by category."""
     figure, axis = plt.subplots(figsize=(8, 0.9 + 0.5 * len(table)))
-    names = [f"{ARMS[row.arm].title}, {row.depth} layers" for row in table.itertuples()]
+    names = [ARMS[arm].title for arm in table.arm]
     left = np.zeros(len(table))
     for category in CATEGORIES:
         sizes = table[category].to_numpy(float) / MIB
@@ -493,6 +493,7 @@ def breakdown(table: pd.DataFrame, *, title: str, note: str = "") -> Figure:
         left += sizes
     for row, total in enumerate(left):
         axis.text(total * 1.005, row, f" {total:,.0f}", va="center", fontsize=9)
+    axis.margins(y=0.01)
     axis.invert_yaxis()
     axis.grid(False)
     axis.set(xlabel="MiB at the peak", title=title, xlim=(0, 1.1 * left.max()))
@@ -526,7 +527,7 @@ def anatomy(
             (peak + 1, total[peak]),
             xytext=(0, 7),
             textcoords="offset points",
-            ha="left" if peak < len(steps) / 4 else "center",
+            ha=("left", "center", "center", "right")[4 * peak // len(steps)],
             fontsize=9.5,
             weight="bold",
         )
@@ -547,29 +548,28 @@ def _category_name(category: str) -> str:
     return names.get(category, category)
 
 
+def _family(arm: str) -> tuple[str, str]:
+    if "seed" in ARMS[arm].title:
+        return "the seed's", PALE_BLUE
+    return ("backprop", BLUE) if arm.startswith("backprop") else ("FF", ORANGE)
+
+
 def predicted_and_measured(table: pd.DataFrame, title: str) -> Figure:
     """Every measured peak against its closed form, one panel an instrument, with y = x."""
     instruments = list(table.instrument.unique())
     figure, axes = plt.subplots(
-        1, len(instruments), figsize=(4 * len(instruments) + 2.6, 4.2), squeeze=False
+        1, len(instruments), figsize=(4.4 * len(instruments), 4.2), squeeze=False
     )
     for axis, instrument in zip(axes[0], instruments, strict=True):
         rows = table[table.instrument == instrument]
-        for arm, points in rows.groupby("arm", sort=False):
-            axis.scatter(
-                points.predicted_bytes / MIB,
-                points.peak_bytes / MIB,
-                color=COLOURS[arm],
-                label=ARMS[arm].title,
-                s=42,
-                alpha=0.85,
-            )
+        for (family, colour), points in rows.groupby(rows.arm.map(_family), sort=False):
+            place = points.predicted_bytes / MIB, points.peak_bytes / MIB
+            axis.scatter(*place, color=colour, label=family, s=42, alpha=0.7)
         ends = [rows.predicted_bytes.min() / MIB * 0.8, rows.predicted_bytes.max() / MIB * 1.25]
         axis.plot(ends, ends, color=GREY, lw=1, ls="--", zorder=0)
         axis.set(xscale="log", yscale="log", xlabel="closed form (MiB)", ylabel="measured (MiB)")
-        axis.set_title(instrument, fontsize=11)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8.5, loc="outside right center")
+        axis.set_title(INSTRUMENT_NAMES[instrument], fontsize=11)
+    axes[0, 0].legend(loc="upper left")
     figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
     return figure
 
@@ -591,9 +591,8 @@ def points(
             fontsize=10,
             weight="bold",
         )
-    axis.margins(x=0.3, y=0.2)
-    axis.set_ylim(bottom=0)
-    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    ends = {"xlim": (0, 1.25 * table[x].max()), "ylim": (0, 1.25 * table[y].max())}
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title, **ends)
     _note(figure, note)
     return figure
 
@@ -737,10 +736,10 @@ def sweep_front(
     return figure
 
 
-def _log_ticks(axis: plt.Axes, direction: str) -> None:
+def _log_ticks(axis: plt.Axes, direction: str, steps: Sequence[float] = (1, 2, 5)) -> None:
     axis.set(**{f"{direction}scale": "log"})
     ticks = getattr(axis, f"{direction}axis")
-    ticks.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    ticks.set_major_locator(matplotlib.ticker.LogLocator(subs=steps))
     ticks.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     ticks.set_minor_formatter(matplotlib.ticker.NullFormatter())
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ff_utils import checks, pairs
-from ff_utils.layers import FFLayer, normalise_
+from ff_utils.layers import FFLayer, goodness, normalise_
 from ff_utils.networks import ForwardForward
 from ff_utils.pairs import EPSILON
 
@@ -73,13 +73,7 @@ class LocalFFLayer(FFLayer):
         """The divisor of each row (rows,), or with local goodness (positions, rows)."""
         if self.groups == 1:
             return normalise_(y, self.normalisation)
-        units = self._grouped(y)
-        divisor = torch.linalg.vector_norm(units, dim=1)
-        if self.normalisation == "mean_square":
-            divisor.div_(math.sqrt(units.shape[1]))
-        divisor.add_(EPSILON)
-        units.div_(divisor[:, None])
-        return divisor
+        return normalise_(self._grouped(y), self.normalisation)
 
     def _grouped(self, y: torch.Tensor) -> torch.Tensor:
         return y.t().view(self.groups, -1, len(y))
@@ -104,7 +98,7 @@ class LocalFFLayer(FFLayer):
         here = min(max(positives - start, 0), len(h))
         units = self._grouped(y)
         width = self.groups * units.shape[1]
-        g = torch.linalg.vector_norm(units, dim=1).square_().div_(units.shape[1])
+        g = goodness(units)
         value, slope = self.local_loss(g.t(), here, (positives, count - positives))
         row_scale = self.normalise_(y).view(self.groups, -1).mul_(slope.t()).mul_(2 / width)
         dz = (self._grouped(y) * row_scale[:, None]).view(*self.weight.shape[:2], -1)

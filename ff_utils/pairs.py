@@ -79,7 +79,9 @@ class Labelled:
         return rows
 
     def drop_pixels(self, share: float, generator: torch.Generator) -> None:
-        """As `dropped`, of these images: every label meets the same ones."""
+        """As `dropped`, of these images: every label meets the same ones. Rows are divided by
+        what they had been: it is normalised images that lose pixels, and are not normalised again.
+        """
         self.image = dropped(self.image, share, generator)
 
     def __len__(self) -> int:
@@ -141,7 +143,8 @@ class Written:
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def drop_pixels(self, share: float, generator: torch.Generator) -> None:
-        """As `dropped`, of these images: every label meets the same ones."""
+        """As `dropped`, of these images: every label meets the same ones. What is left is then
+        normalised."""
         self.images = dropped(self.images, share, generator)
 
 

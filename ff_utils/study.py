@@ -6,6 +6,7 @@ end, and writes the record; `--evaluate` reads the test set with the committed n
 
 import argparse
 import json
+import pickle
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -72,7 +73,7 @@ def _errors(network: nn.Module, data: Dataset) -> dict[str, float]:
 
 
 def _softmax_error(network: ForwardForward, data: Dataset) -> dict[str, float]:
-    return {"softmax": training.softmax_error(network, data)}
+    return {"softmax": training.prediction_error(network, data, "softmax")}
 
 
 def _backprop_errors(network: nn.Module, data: Dataset) -> dict[str, float]:
@@ -131,6 +132,15 @@ STUDIES = {
         choices=OTHERS | {"fields": MNIST_FIELDS},
         course=FF_COURSE | {"epochs": 40, "dropout": 0.2},
     ),
+    "local_jittered": Study(
+        "local receptive fields, images shifted by up to two pixels",
+        None,
+        _local,
+        _train,
+        _errors,
+        choices=OTHERS | {"fields": MNIST_FIELDS},
+        course=FF_COURSE | {"epochs": 100, "jitter": 2},
+    ),
     "recurrent": Study(
         "recurrent, top-down and bottom-up",
         0.0131,
@@ -138,7 +148,7 @@ STUDIES = {
         recurrent.train_recurrent,
         _errors,
         choices=OTHERS | {"hidden": [1000, 1000], "label_scale": 10.0, "steps": 5},
-        course=COURSE | {"epochs": 20, "softmax_rate": 0.1, "dropout": 0.2},
+        course=COURSE | {"epochs": 60, "softmax_rate": 0.1, "dropout": 0.2},
     ),
     "cifar10": Study(
         "CIFAR-10, local receptive fields",
@@ -171,7 +181,10 @@ def run(name: str, seed: int = 0, epochs: int | None = None, *, quiet: bool = Fa
     The network that has been trained is kept in `data/networks/`, in 16 bits.
     """
     study = _check(name, seed)
-    label, course = f"{name}-{seed}", study.course | ({"epochs": epochs} if epochs else {})
+    label, course = f"{name}-{seed}", dict(study.course)
+    if epochs is not None:
+        checks.number("epochs", epochs, 1, whole=True)
+        course["epochs"] = epochs
     about = {"seed": seed, **study.choices, **course, "validation": VALIDATION}
     if results.record_path(label, PROFILE).exists():
         record = results.read(label, PROFILE)
@@ -206,6 +219,8 @@ def table() -> pd.DataFrame:
     for path in sorted((paths.RESULTS / PROFILE).glob("*.json")):
         record = results.read(path.stem, PROFILE)
         name, _, seed = path.stem.rpartition("-")
+        if name not in STUDIES:
+            continue
         metrics = record["metrics"]
         rows.append(
             {
@@ -257,21 +272,32 @@ def save_network(network: nn.Module, path: Path) -> None:
 
 
 def load_network(name: str, seed: int = 0) -> tuple[nn.Module, Dataset]:
-    """The network that a run has kept, and its data; ValueError where it is missing."""
+    """The network that a run has kept, and its data; ValueError where it is missing or broken."""
     study = _check(name, seed)
-    path = NETWORKS / f"{name}-{seed}.pt"
-    _refuse_missing(path, name, seed)
+    path, record = NETWORKS / f"{name}-{seed}.pt", results.record_path(f"{name}-{seed}", PROFILE)
+    _refuse_missing(path, name, seed, record)
     device = training.default_device()
     data = datasets.load(study.dataset).to(device)
     network = study.network(data, seed, device, **study.choices)
-    network.load_state_dict(torch.load(path, weights_only=True), strict=False)
+    try:
+        weights = torch.load(path, weights_only=True)
+        missing, unknown = network.load_state_dict(weights, strict=False)
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        missing, unknown = ["everything"], []
+    if unknown or not all(key.endswith(("_moment", "_steps")) for key in missing):
+        raise ValueError(
+            f"{paths.relative(path)} does not hold this study's network: fetch it again, or delete "
+            "it and its record and train anew."
+        )
     return network, data
 
 
-def _refuse_missing(path: Path, name: str, seed: int) -> None:
+def _refuse_missing(path: Path, name: str, seed: int, record: Path | None = None) -> None:
+    """record: what has to go before `path` is made again."""
     if not path.exists():
+        first = f"delete {paths.relative(record)} and " if record and record.exists() else ""
         command = f"python -m ff_utils.study {name} --seed {seed}"
-        raise ValueError(f"{paths.relative(path)} is missing: run `{command}`.")
+        raise ValueError(f"{paths.relative(path)} is missing: {first}run `{command}`.")
 
 
 def _check(name: str, seed: int) -> Study:
@@ -291,13 +317,14 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if options.evaluate:
             network, data = load_network(options.study, options.seed)
-            found = STUDIES[options.study].errors(network, data)
+            found, after = STUDIES[options.study].errors(network, data), ""
         else:
-            found = run(options.study, options.seed, options.epochs)["metrics"]["test_errors"]
+            metrics = run(options.study, options.seed, options.epochs)["metrics"]
+            found, after = metrics["test_errors"], f", {len(metrics['history'])} epochs"
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     for by, error in found.items():
-        print(f"{options.study}, seed {options.seed}: test error by {by} {error:.2%}")
+        print(f"{options.study}, seed {options.seed}{after}: test error by {by} {error:.2%}")
 
 
 if __name__ == "__main__":

@@ -109,9 +109,11 @@ class Checkpoint:
             return []
         place = paths.relative(self.path)
         try:
-            kept = torch.load(self.path, weights_only=True)
+            kept = torch.load(self.path, map_location="cpu", weights_only=True)
             course, rows = kept["course"], json.loads(kept["rows"])
-        except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        except OSError as error:
+            raise ValueError(f"{place} can't be read: {error.strerror}.") from error
+        except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{place} is not a whole checkpoint: delete it.") from error
         if course != self.course:
             then, now = json.loads(course), json.loads(self.course)
@@ -186,8 +188,7 @@ def train_forward_forward(
         raise ValueError(
             "this network was built with guesses=False: train it by train_layer_after_layer."
         )
-    if network.label == "none":
-        raise ValueError("label is 'none': train this network by train_unsupervised.")
+    _refuse_unlabelled(network)
     if schedule == "layerwise" and network.softmax.unread:
         raise ValueError("schedule is 'layerwise', whose softmax reads layer 1: give first_read=1.")
 
@@ -291,6 +292,7 @@ def train_layer_after_layer(
     by goodness. Raises FloatingPointError where a loss stops being finite.
     """
     _check_training(data, epochs, batch_size, learning_rate, decay)
+    _refuse_unlabelled(network)
     generator = torch.Generator().manual_seed(seed)
     place = open_store(store, network.gradient.device)
     sizes = []
@@ -479,6 +481,11 @@ def test_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The test images and labels in order, `rows` at a time."""
     yield from zip(data.test_images.split(rows), data.test_labels.split(rows), strict=True)
+
+
+def _refuse_unlabelled(network: ForwardForward) -> None:
+    if network.label == "none":
+        raise ValueError("label is 'none': train this network by train_unsupervised.")
 
 
 def _check_training(

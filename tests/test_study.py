@@ -87,6 +87,27 @@ def test_what_is_missing_or_unknown_is_one_sentence(tiny, capsys):
         study.history("tiny", 3)
     with pytest.raises(SystemExit, match=r"error: .*tiny-3.pt is missing: run `python -m"):
         study.main(["tiny", "--seed", "3", "--evaluate"])
+    with pytest.raises(SystemExit, match=r"error: epochs is 0; give a whole number of at least 1"):
+        study.main(["tiny", "--epochs", "0"])
+    assert not list(tiny.rglob("*.json"))
+
+
+def test_a_kept_network_that_is_gone_or_broken_says_how_to_make_it_again(tiny):
+    study.run("tiny", 0, 1, quiet=True)
+    path = study.NETWORKS / "tiny-0.pt"
+    whole = torch.load(path, weights_only=True)
+    broken = r"tiny-0.pt does not hold this study's network: fetch it again"
+    del whole["layers.0.bias"]
+    torch.save(whole, path)
+    with pytest.raises(ValueError, match=broken):
+        study.load_network("tiny", 0)
+    for content in (b"", b"version https://git-lfs.github.com/spec/v1"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=broken):
+            study.load_network("tiny", 0)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"missing: delete .*tiny-0.json and run `python"):
+        study.load_network("tiny", 0)
 
 
 def test_beside_the_paper_every_study_has_a_row(tiny):

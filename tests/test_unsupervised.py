@@ -77,6 +77,10 @@ def test_what_needs_a_label_refuses_a_network_without_one(digits):
         training.train_forward_forward(
             network, digits, epochs=1, batch_size=50, learning_rate=0.003
         )
+    with pytest.raises(ValueError, match="train this network by train_unsupervised"):
+        training.train_layer_after_layer(
+            network, digits, epochs=1, batch_size=50, learning_rate=0.003
+        )
     with pytest.raises(ValueError, match="predict by 'softmax'"):
         network.predict(digits.test_images)
     assert network.predict(digits.test_images[:5], by="softmax").shape == (5,)
