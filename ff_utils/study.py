@@ -85,6 +85,7 @@ UNLABELLED_FIELDS = ((12, 4, 100), (2, 1, 100), (2, 1, 200))  # grids of 5x5, 4x
 SUPERVISED = {"hidden": WIDTHS, "label_scale": 4.0, "loss": "pairwise", "scale": 30.0}
 COURSE = {"epochs": 50, "batch_size": 100, "learning_rate": 0.001}
 OTHERS = {"label_scale": 2.0, "loss": "pairwise", "scale": 30.0}
+RECURRENT = OTHERS | {"hidden": [1000, 1000], "label_scale": 10.0, "steps": 5}
 FF_COURSE = COURSE | {"guess_share": 0.5, "softmax_rate": 0.1}
 STUDIES = {
     "supervised": Study(
@@ -147,7 +148,16 @@ STUDIES = {
         _recurrent,
         recurrent.train_recurrent,
         _errors,
-        choices=OTHERS | {"hidden": [1000, 1000], "label_scale": 10.0, "steps": 5},
+        choices=RECURRENT,
+        course=COURSE | {"epochs": 60, "softmax_rate": 0.1, "dropout": 0.2},
+    ),
+    "recurrent_wide": Study(
+        "the same at the paper's widths",
+        0.0131,
+        _recurrent,
+        recurrent.train_recurrent,
+        _errors,
+        choices=RECURRENT | {"hidden": [2000, 2000]},
         course=COURSE | {"epochs": 60, "softmax_rate": 0.1, "dropout": 0.2},
     ),
     "cifar10": Study(
