@@ -86,6 +86,7 @@ SUPERVISED = {"hidden": WIDTHS, "label_scale": 4.0, "loss": "pairwise", "scale":
 COURSE = {"epochs": 50, "batch_size": 100, "learning_rate": 0.001}
 OTHERS = {"label_scale": 2.0, "loss": "pairwise", "scale": 30.0}
 RECURRENT = OTHERS | {"hidden": [1000, 1000], "label_scale": 10.0, "steps": 5}
+RECURRENT_COURSE = COURSE | {"epochs": 60, "softmax_rate": 0.1, "dropout": 0.2}
 FF_COURSE = COURSE | {"guess_share": 0.5, "softmax_rate": 0.1}
 STUDIES = {
     "supervised": Study(
@@ -149,7 +150,7 @@ STUDIES = {
         recurrent.train_recurrent,
         _errors,
         choices=RECURRENT,
-        course=COURSE | {"epochs": 60, "softmax_rate": 0.1, "dropout": 0.2},
+        course=RECURRENT_COURSE,
     ),
     "recurrent_wide": Study(
         "the same at the paper's widths",
@@ -158,7 +159,7 @@ STUDIES = {
         recurrent.train_recurrent,
         _errors,
         choices=RECURRENT | {"hidden": [2000, 2000]},
-        course=COURSE | {"epochs": 60, "softmax_rate": 0.1, "dropout": 0.2},
+        course=RECURRENT_COURSE,
     ),
     "cifar10": Study(
         "CIFAR-10, local receptive fields",
