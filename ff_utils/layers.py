@@ -103,10 +103,12 @@ class Adam:
     """Adam's state for some tensors and its update, fused: no temporary is made.
 
     The state lives in `module`'s buffers, so that it is saved, moved and counted with it.
+    weight_decay: how much of a tensor each step takes away, as a share of the learning rate; it
+        does not pass through Adam's moments (AdamW: Loshchilov and Hutter, arXiv 1711.05101).
     """
 
-    def __init__(self, module: nn.Module, names: list[str]) -> None:
-        self.module, self.names = module, names
+    def __init__(self, module: nn.Module, names: list[str], weight_decay: float = 0.0) -> None:
+        self.module, self.names, self.weight_decay = module, names, weight_decay
         for name in names:
             tensor = getattr(module, name)
             module.register_buffer(f"{name}_first_moment", torch.zeros_like(tensor))
@@ -132,22 +134,26 @@ class Adam:
             beta1=0.9,
             beta2=0.999,
             lr=learning_rate,
-            weight_decay=0.0,
+            weight_decay=self.weight_decay,
+            decoupled_weight_decay=True,
             eps=1e-8,
             maximize=False,
         )
 
 
 class SGD:
-    """Plain gradient descent on some tensors of `module`: no state."""
+    """Plain gradient descent on some tensors of `module`: no state. weight_decay: as in `Adam`."""
 
-    def __init__(self, module: nn.Module, names: list[str]) -> None:
-        self.module, self.names = module, names
+    def __init__(self, module: nn.Module, names: list[str], weight_decay: float = 0.0) -> None:
+        self.module, self.names, self.weight_decay = module, names, weight_decay
 
     def update(self, gradients: list[torch.Tensor], learning_rate: float) -> None:
         """One step along `gradients`, given in the order of `names`."""
         for name, gradient in zip(self.names, gradients, strict=True):
-            self.module.get_parameter(name).add_(gradient, alpha=-learning_rate)
+            parameter = self.module.get_parameter(name)
+            if self.weight_decay:
+                parameter.mul_(1 - learning_rate * self.weight_decay)
+            parameter.add_(gradient, alpha=-learning_rate)
 
 
 OPTIMIZERS = {"adam": Adam, "sgd": SGD}
@@ -170,6 +176,7 @@ class FFLayer(nn.Module):
         theta: float = 2.0,
         scale: float = 1.0,
         optimizer: str = "adam",
+        weight_decay: float = 0.0,
         generator: torch.Generator | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -180,6 +187,7 @@ class FFLayer(nn.Module):
         checks.number("theta", theta, 0, above=True)
         checks.number("scale", scale, 0, above=True)
         checks.one_of("optimizer", optimizer, OPTIMIZERS)
+        checks.number("weight_decay", weight_decay, 0, 1)
         self.normalisation, self.theta, self.scale = normalisation, theta, scale
         self.loss = loss_function(loss)
         self.pairwise = self.loss is pairwise_loss
@@ -192,7 +200,7 @@ class FFLayer(nn.Module):
         bias = torch.empty(outputs, dtype=dtype).uniform_(-bound, bound, generator=generator)
         self.weight = nn.Parameter(weight.to(device), requires_grad=False)
         self.bias = nn.Parameter(bias.to(device), requires_grad=False)
-        self.optimizer = OPTIMIZERS[optimizer](self, ["weight", "bias"])
+        self.optimizer = OPTIMIZERS[optimizer](self, ["weight", "bias"], weight_decay)
 
     def forward(self, h: torch.Tensor | Labelled) -> torch.Tensor:
         """y = relu(h W^T + b): (rows, inputs) -> (rows, outputs)."""

@@ -41,6 +41,7 @@ class ForwardForward(nn.Module):
         theta: float = 2.0,
         scale: float = 1.0,
         optimizer: str = "adam",
+        weight_decay: float = 0.0,
         guesses: bool = True,
         first_read: int = 1,
         recompute: bool = False,
@@ -61,7 +62,7 @@ class ForwardForward(nn.Module):
         self.settings |= {"label": label, "label_scale": label_scale, "loss": loss}
         self.settings |= {"normalisation": normalisation, "theta": theta, "scale": scale}
         self.settings |= {"optimizer": optimizer, "guesses": guesses, "seed": seed}
-        self.settings |= {"first_read": first_read}
+        self.settings |= {"first_read": first_read, "weight_decay": weight_decay}
         self.label, self.label_scale, self.normalisation = label, label_scale, normalisation
         self.recompute = recompute
         inputs = pixels + (classes if label == "joined" else 0)
@@ -72,6 +73,7 @@ class ForwardForward(nn.Module):
             "theta": theta,
             "scale": scale,
             "optimizer": optimizer,
+            "weight_decay": weight_decay,
             "generator": generator,
             "dtype": dtype,
         }

@@ -49,6 +49,7 @@ class RecurrentForwardForward(nn.Module):
         theta: float = 2.0,
         scale: float = 1.0,
         optimizer: str = "adam",
+        weight_decay: float = 0.0,
         seed: int = 0,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -69,8 +70,10 @@ class RecurrentForwardForward(nn.Module):
         self.settings |= {"label_scale": label_scale, "damping": damping, "steps": steps}
         self.settings |= {"first": first, "last": last, "loss": loss, "theta": theta}
         self.settings |= {"scale": scale, "optimizer": optimizer, "seed": seed}
+        self.settings |= {"weight_decay": weight_decay}
         self.widths = [pixels, *hidden, classes]
         settings = {"loss": loss, "theta": theta, "scale": scale, "optimizer": optimizer}
+        settings |= {"weight_decay": weight_decay}
         settings |= {"generator": torch.Generator().manual_seed(seed)}
         kind = {"device": device, "dtype": dtype}
         self.layers = nn.ModuleList(

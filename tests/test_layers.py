@@ -8,17 +8,9 @@ from ff_utils import layers
 from ff_utils.layers import FFLayer, LocalSoftmax
 
 
-def make(normalisation="mean_square", loss="softplus", theta=0.3, scale=2.0, inputs=13, outputs=9):
-    return FFLayer(
-        inputs,
-        outputs,
-        normalisation=normalisation,
-        loss=loss,
-        theta=theta,
-        scale=scale,
-        generator=torch.Generator().manual_seed(1),
-        dtype=torch.float64,
-    )
+def make(inputs=13, outputs=9, **settings):
+    settings = {"theta": 0.3, "scale": 2.0, "dtype": torch.float64} | settings
+    return FFLayer(inputs, outputs, generator=torch.Generator().manual_seed(1), **settings)
 
 
 def rows(count=12, inputs=13, normalisation="mean_square", seed=2):
@@ -43,7 +35,7 @@ def written_out(name, x, positive):
     list(itertools.product(layers.NORMALISATIONS, layers.LOSSES, [1, 5, 11])),
 )
 def test_the_analytic_step_is_autograds_to_1e_10(normalisation, loss, positives):
-    layer = make(normalisation, loss)
+    layer = make(normalisation=normalisation, loss=loss)
     h = rows(normalisation=normalisation)
     weight = layer.weight.clone().requires_grad_()
     bias = layer.bias.clone().requires_grad_()
@@ -68,7 +60,7 @@ def test_the_analytic_step_is_autograds_to_1e_10(normalisation, loss, positives)
 
 @pytest.mark.parametrize("normalisation", layers.NORMALISATIONS)
 def test_the_pairwise_step_is_autograds_too(normalisation):
-    layer = make(normalisation, "pairwise")
+    layer = make(normalisation=normalisation, loss="pairwise")
     h = rows(normalisation=normalisation)
     weight = layer.weight.clone().requires_grad_()
     bias = layer.bias.clone().requires_grad_()
@@ -85,11 +77,13 @@ def test_the_pairwise_step_is_autograds_too(normalisation):
         layer.step(rows(), 5, 0.1, torch.zeros(200, dtype=torch.float64))
 
 
-def test_a_step_is_one_step_of_pytorchs_adam():
-    layer = make()
+@pytest.mark.parametrize("weight_decay", [0.0, 0.4])
+def test_a_step_is_one_step_of_pytorchs_adam(weight_decay):
+    layer = make(weight_decay=weight_decay)
     weight = torch.nn.Parameter(layer.weight.clone())
     bias = torch.nn.Parameter(layer.bias.clone())
-    oracle = torch.optim.Adam([weight, bias], lr=0.01)
+    kind = torch.optim.AdamW if weight_decay else torch.optim.Adam
+    oracle = kind([weight, bias], lr=0.01, weight_decay=weight_decay)
     scratch = torch.zeros(200, dtype=torch.float64)
     for seed in range(5):
         h = rows(seed=seed)
@@ -194,15 +188,18 @@ def test_micro_batches_learn_what_the_batch_learns(inputs, outputs, micro_batche
         assert torch.allclose(other.state_dict()[name], tensor, atol=1e-10), name
 
 
-def test_plain_descent_follows_autograds_gradient():
-    layer = FFLayer(13, 9, optimizer="sgd", theta=0.3, dtype=torch.float64)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.4])
+def test_plain_descent_follows_autograds_gradient(weight_decay):
+    settings = {"optimizer": "sgd", "theta": 0.3, "weight_decay": weight_decay}
+    layer = FFLayer(13, 9, **settings, dtype=torch.float64)
     h, before = rows(), layer.weight.clone().requires_grad_()
     y = torch.relu(h @ before.t() + layer.bias)
     x = y.square().mean(dim=1) - 0.3
     softplus = torch.nn.functional.softplus
     (softplus(-x[:6]).mean() + softplus(x[6:]).mean()).backward()
     layer.step(h.clone(), 6, 0.1, torch.zeros(200, dtype=torch.float64))
-    assert torch.allclose(layer.weight, before.detach() - 0.1 * before.grad, atol=1e-12)
+    kept = before.detach() * (1 - 0.1 * weight_decay)
+    assert torch.allclose(layer.weight, kept - 0.1 * before.grad, atol=1e-12)
 
 
 def test_the_analytic_step_is_not_slower_than_autograds():

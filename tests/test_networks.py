@@ -140,6 +140,7 @@ def test_a_seed_means_the_same_weights():
         ({"theta": 0}, "theta is 0"),
         ({"theta": float("nan")}, "theta is nan"),
         ({"scale": -1}, "scale is -1"),
+        ({"weight_decay": -1}, "weight_decay is -1"),
         ({"loss": "mse"}, "loss is 'mse'"),
     ],
 )

@@ -224,6 +224,7 @@ def test_a_dead_layer_and_a_loss_that_runs_away_stop_training(digits):
         ({"steps": 4}, "last is 5; give a whole number of at least 1 and at most 4"),
         ({"first": 6}, "first is 6; give a whole number of at least 1 and at most 5"),
         ({"label_scale": 0}, "label_scale is 0"),
+        ({"weight_decay": 2}, "weight_decay is 2"),
         ({"theta": 0}, "theta is 0"),
         ({"loss": "mse"}, "loss is 'mse'"),
     ],
