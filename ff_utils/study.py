@@ -85,7 +85,8 @@ UNLABELLED_FIELDS = ((12, 4, 100), (2, 1, 100), (2, 1, 200))  # grids of 5x5, 4x
 SUPERVISED = {"hidden": WIDTHS, "label_scale": 4.0, "loss": "pairwise", "scale": 30.0}
 COURSE = {"epochs": 50, "batch_size": 100, "learning_rate": 0.001}
 OTHERS = {"label_scale": 2.0, "loss": "pairwise", "scale": 30.0}
-RECURRENT = OTHERS | {"hidden": [1000, 1000], "label_scale": 10.0, "steps": 5, "weight_decay": 0.1}
+UNDECAYED = OTHERS | {"hidden": [1000, 1000], "label_scale": 10.0, "steps": 5}
+RECURRENT = UNDECAYED | {"weight_decay": 0.1}
 RECURRENT_COURSE = COURSE | {"epochs": 60, "softmax_rate": 0.1, "dropout": 0.2}
 FF_COURSE = COURSE | {"guess_share": 0.5, "softmax_rate": 0.1}
 STUDIES = {
@@ -159,6 +160,15 @@ STUDIES = {
         recurrent.train_recurrent,
         _errors,
         choices=RECURRENT | {"hidden": [2000, 2000]},
+        course=RECURRENT_COURSE,
+    ),
+    "recurrent_undecayed": Study(
+        "recurrent, without weight decay",
+        None,
+        _recurrent,
+        recurrent.train_recurrent,
+        _errors,
+        choices=UNDECAYED,
         course=RECURRENT_COURSE,
     ),
     "cifar10": Study(
