@@ -114,7 +114,7 @@ STUDIES = {
         _forward_forward,
         _train,
         _errors,
-        choices=SUPERVISED,
+        choices=SUPERVISED | {"weight_decay": 0.1},
         course=FF_COURSE | {"epochs": 100, "jitter": 2},
     ),
     "unsupervised": Study(
