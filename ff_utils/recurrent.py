@@ -70,11 +70,10 @@ class RecurrentForwardForward(nn.Module):
         self.settings |= {"label_scale": label_scale, "damping": damping, "steps": steps}
         self.settings |= {"first": first, "last": last, "loss": loss, "theta": theta}
         self.settings |= {"scale": scale, "optimizer": optimizer, "seed": seed}
-        self.settings |= {"weight_decay": weight_decay}
+        self.settings["weight_decay"] = weight_decay
         self.widths = [pixels, *hidden, classes]
         settings = {"loss": loss, "theta": theta, "scale": scale, "optimizer": optimizer}
-        settings |= {"weight_decay": weight_decay}
-        settings |= {"generator": torch.Generator().manual_seed(seed)}
+        settings |= {"generator": torch.Generator().manual_seed(seed), "weight_decay": weight_decay}
         kind = {"device": device, "dtype": dtype}
         self.layers = nn.ModuleList(
             FFLayer(below + above, width, **settings, **kind)
