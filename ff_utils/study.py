@@ -9,7 +9,7 @@ import json
 import pickle
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -33,6 +33,8 @@ class Study:
 
     network: (data, seed, device, **choices); train: (network, data, **course);
     errors: (network, data) -> test error by each way to predict.
+    chosen_by: the study whose validation images made this one's choices, the way to predict
+    included (its seed 0); this one then trains on those images too, and chooses nothing.
     """
 
     title: str
@@ -43,6 +45,7 @@ class Study:
     dataset: str = "mnist"
     choices: dict = field(default_factory=dict)
     course: dict = field(default_factory=dict)
+    chosen_by: str | None = None
 
 
 def _forward_forward(data: Dataset, seed: int, device: str, **choices: object) -> ForwardForward:
@@ -153,8 +156,18 @@ STUDIES = {
         choices=RECURRENT,
         course=RECURRENT_COURSE,
     ),
+    "recurrent_all": Study(
+        "the same, trained on the validation images too",
+        0.0131,
+        _recurrent,
+        recurrent.train_recurrent,
+        _errors,
+        choices=RECURRENT,
+        course=RECURRENT_COURSE,
+        chosen_by="recurrent",
+    ),
     "recurrent_wide": Study(
-        "the same at the paper's widths",
+        "recurrent, at the paper's widths",
         0.0131,
         _recurrent,
         recurrent.train_recurrent,
@@ -207,21 +220,32 @@ def run(name: str, seed: int = 0, epochs: int | None = None, *, quiet: bool = Fa
         checks.number("epochs", epochs, 1, whole=True)
         course["epochs"] = epochs
     about = {"seed": seed, **study.choices, **course, "validation": VALIDATION}
+    if study.chosen_by:
+        about |= {"validation": 0, "chosen_by": study.chosen_by}
     if results.record_path(label, PROFILE).exists():
         record = results.read(label, PROFILE)
         made = record["parameters"]
         longer = made["epochs"] >= course["epochs"]
         if longer and made | {"epochs": None} == json.loads(json.dumps(about | {"epochs": None})):
             return record
+    if study.chosen_by:
+        chooser = results.record_path(f"{study.chosen_by}-0", PROFILE)
+        _refuse_missing(chooser, study.chosen_by, 0)
     begun = results.Run(label, PROFILE, about)
     device = training.default_device()
     data = datasets.load(study.dataset).to(device)
     split = data.validation_split(VALIDATION, seed)
+    if study.chosen_by:  # its error after an epoch is then on images that it has trained on
+        everything = {"train_images": data.train_images, "train_labels": data.train_labels}
+        split = replace(split, **everything)
     network = study.network(data, seed, device, **study.choices)
     place = paths.BUILD / PROFILE / f"{label}-{course['epochs']}.pt"
     history = study.train(network, split, seed=seed, checkpoint=place, quiet=quiet, **course)
-    validation, test = study.errors(network, split), study.errors(network, data)
-    chosen = min(validation, key=validation.get)
+    if study.chosen_by:
+        validation = results.read(chooser.stem, PROFILE)["metrics"]["validation_errors"]
+    else:
+        validation = study.errors(network, split)
+    chosen, test = min(validation, key=validation.get), study.errors(network, data)
     save_network(network, NETWORKS / f"{label}.pt")
     metrics = {
         "history": history,
