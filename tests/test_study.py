@@ -80,6 +80,34 @@ def test_a_record_of_other_settings_is_made_anew(tiny, monkeypatch):
     assert new["metrics"]["history"] != old["metrics"]["history"]
 
 
+def test_a_study_that_another_chose_for_trains_on_every_image(tiny, monkeypatch):
+    seen = []
+
+    def train(network, data, **course):
+        seen.append(len(data.train_labels))
+        return kind.train(network, data, **course)
+
+    kind = study.STUDIES["tiny"]
+    monkeypatch.setitem(
+        study.STUDIES, "all", dataclasses.replace(kind, train=train, chosen_by="tiny")
+    )
+    with pytest.raises(ValueError, match=r"tiny-0.json is missing: run `python .* tiny --seed 0`"):
+        study.run("all", 1, quiet=True)
+    assert not seen
+    chooser = study.run("tiny", 0, quiet=True)
+    record = study.run("all", 1, quiet=True)
+    assert seen == [record["data"]["train"]]
+    assert record["parameters"]["validation"] == 0
+    assert record["parameters"]["chosen_by"] == "tiny"
+    for name in ("validation_errors", "chosen"):
+        assert record["metrics"][name] == chooser["metrics"][name]
+    assert (
+        record["metrics"]["test_error"]
+        == record["metrics"]["test_errors"][chooser["metrics"]["chosen"]]
+    )
+    assert study.run("all", 1) == record
+
+
 def test_what_is_missing_or_unknown_is_one_sentence(tiny, capsys):
     with pytest.raises(ValueError, match="study is 'huge'; choose one of: tiny"):
         study.run("huge")
