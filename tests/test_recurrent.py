@@ -26,20 +26,16 @@ def unit(h):
     return h / h.square().mean(dim=1, keepdim=True).sqrt()
 
 
-def steps_in_full(network, x, label, steps, masks=None):
-    """Every time step's states before normalisation, written out; inputs detached.
-
-    masks: of as many rows as x, or none."""
+def steps_in_full(network, x, label, steps):
+    """Every time step's states before normalisation, written out; inputs detached."""
     below = [network.widths[0], *network.hidden]
-    masks = masks or [1.0] * len(network.hidden)
     x, states = unit(x), []
     h = x
-    for layer, width, mask in zip(network.layers, below, masks, strict=False):
+    for layer, width in zip(network.layers, below, strict=False):
         states.append((h @ layer.weight[:, :width].T + layer.bias).relu().detach())
-        h = unit(states[-1]) * mask
+        h = unit(states[-1])
     for _ in range(steps):
-        read = [unit(h) * mask for h, mask in zip(states, masks, strict=True)]
-        around = [x, *read, label]
+        around = [x, *(unit(h) for h in states), label]
         made = []
         for number, layer in enumerate(network.layers):
             both = torch.cat([around[number], around[number + 2]], dim=1)
@@ -55,16 +51,10 @@ def one_hot(labels, scale=2.5):
 
 @pytest.mark.parametrize("hidden", SIZES)
 @pytest.mark.parametrize(
-    ("damping", "loss", "dropout"),
-    [
-        (0.0, "softplus", 0.0),
-        (0.3, "softplus", 0.0),
-        (0.3, "pairwise", 0.0),
-        (0.3, "pairwise", 0.4),
-    ],
+    ("damping", "loss"), [(0.0, "softplus"), (0.3, "softplus"), (0.3, "pairwise")]
 )
 def test_a_batch_moves_every_weight_along_the_gradient_of_each_time_steps_own_loss(
-    hidden, damping, loss, dropout
+    hidden, damping, loss
 ):
     network = make(hidden, damping=damping, loss=loss)
     parameters = [p for layer in network.layers for p in (layer.weight, layer.bias)]
@@ -73,11 +63,7 @@ def test_a_batch_moves_every_weight_along_the_gradient_of_each_time_steps_own_lo
         p.requires_grad_()
     rows, label = images().repeat(2, 1), one_hot(torch.cat([LABELS, WRONG]))
     expected, depth = [0.0] * len(hidden), len(hidden)
-    # Of every row one unit more is silent than of the one before: what is read differs by row.
-    silent = [torch.arange(6)[:, None] > torch.arange(width) for width in hidden]
-    masks = [(~units).double() / (1 - dropout) for units in silent] if dropout else None
-    twice = masks and [mask.repeat(2, 1) for mask in masks]
-    for moment, made in enumerate(steps_in_full(network, rows, label, 5, twice), start=1):
+    for moment, made in enumerate(steps_in_full(network, rows, label, 5), start=1):
         for number, h in enumerate(made):
             # Before the label has come down to a layer, there is nothing for it to learn.
             if moment >= depth - number:
@@ -90,7 +76,7 @@ def test_a_batch_moves_every_weight_along_the_gradient_of_each_time_steps_own_lo
     gradients = [p.grad for p in parameters]
     for p in parameters:
         p.requires_grad_(False)
-    found = network.step(*network.start(images(), masks), LABELS, WRONG, 0.1, masks)
+    found = network.step(*network.start(images()), LABELS, WRONG, 0.1)
     assert found.tolist() == pytest.approx(expected)
     for p, old, gradient in zip(parameters, before, gradients, strict=True):
         assert gradient.any()
@@ -129,19 +115,6 @@ def test_training_reads_images_it_leaves_alone():
     generator = torch.Generator().manual_seed(0)
     recurrent_step(network, given, LABELS, 0.1, generator)
     assert torch.equal(given, images())
-
-
-def test_dropped_units_are_read_neither_by_their_neighbours_nor_by_the_softmax():
-    network, generator = make(optimizer="adam"), torch.Generator().manual_seed(0)
-    before = {name: p.clone() for name, p in network.named_parameters()}
-    recurrent_step(network, images(1), LABELS[:1], 0.01, generator, hidden_dropout=0.5)
-    up, down = (
-        network.sides(k, network.layers[k].weight != before[f"layers.{k}.weight"]) for k in (1, 0)
-    )
-    unread = ~up[0].any(dim=0), ~down[1].any(dim=0)
-    assert 0 < unread[0].sum() < 8 and 0 < unread[1].sum() < 6
-    moved = (network.softmax.weight != before["softmax.weight"]).any(dim=0)
-    assert not moved[torch.cat(unread)].any() and moved.any()
 
 
 def test_everything_is_trained():
@@ -204,7 +177,7 @@ def test_it_learns_digits_by_either_prediction(digits, loss, most):
 
 def test_a_broken_run_resumes_to_the_bits_of_an_unbroken_one(digits, tmp_path):
     whole, resumed, path = small(digits), small(digits), tmp_path / "run.pt"
-    expected = train(whole, digits, jitter=1, hidden_dropout=0.2)
+    expected = train(whole, digits, jitter=1)
     stop_after = iter((None, KeyboardInterrupt()))
 
     def interrupt():
@@ -213,22 +186,15 @@ def test_a_broken_run_resumes_to_the_bits_of_an_unbroken_one(digits, tmp_path):
         return {}
 
     with pytest.raises(KeyboardInterrupt):
-        train(
-            small(digits),
-            digits,
-            jitter=1,
-            hidden_dropout=0.2,
-            checkpoint=path,
-            after_epoch=interrupt,
-        )
-    found = train(resumed, digits, jitter=1, hidden_dropout=0.2, checkpoint=path)
+        train(small(digits), digits, jitter=1, checkpoint=path, after_epoch=interrupt)
+    found = train(resumed, digits, jitter=1, checkpoint=path)
     assert found.drop(columns="seconds").equals(expected.drop(columns="seconds"))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
     with pytest.raises(
         ValueError, match=r"of a run whose network is .*'damping': 0.3.*, not .*0.5"
     ):
-        train(small(digits, damping=0.5), digits, jitter=1, hidden_dropout=0.2, checkpoint=path)
+        train(small(digits, damping=0.5), digits, jitter=1, checkpoint=path)
 
 
 def test_a_seed_means_the_same_weights():
@@ -266,9 +232,3 @@ def test_a_dead_layer_and_a_loss_that_runs_away_stop_training(digits):
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         RecurrentForwardForward(20, 4, **({"hidden": [5]} | settings))
-
-
-@pytest.mark.parametrize("name", ["dropout", "hidden_dropout"])
-def test_a_bad_share_to_drop_is_named(digits, name):
-    with pytest.raises(ValueError, match=rf"^{name} is 0.95; give a number of at least 0 and at"):
-        train(small(digits), digits, **{name: 0.95})
