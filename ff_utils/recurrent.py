@@ -19,9 +19,6 @@ from ff_utils.networks import EVALUATION_ROWS, ForwardForward
 from ff_utils.pairs import EPSILON
 from ff_utils.training import fit, prediction_error, refuse_silent
 
-# What the layers next to it read of a layer's units in training: 0 or 1 / (1 - dropout) each, of
-# every image, at all time steps and under both labels (N, width).
-Masks = list[torch.Tensor] | None
 # A layer's activations, normalised, and what each row was divided by: (rows, width) and (rows,).
 State = tuple[torch.Tensor, torch.Tensor]
 
@@ -91,9 +88,7 @@ class RecurrentForwardForward(nn.Module):
         """The part of layer `number`'s weight that reads the layer below, and the one above."""
         return weight.split([self.widths[number], self.widths[number + 2]], dim=1)
 
-    def start(
-        self, images: torch.Tensor, masks: Masks = None
-    ) -> tuple[torch.Tensor, torch.Tensor, list[State]]:
+    def start(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[State]]:
         """Images (N, pixels) normalised; what they add to the first layer at every time step,
         bias included (N, width); every layer's state after one pass from the image up."""
         images = images.to(self.gradient.dtype, copy=True)
@@ -104,7 +99,6 @@ class RecurrentForwardForward(nn.Module):
             drive = z if drive is None else drive
             h = z.relu() if z is drive else z.relu_()
             states.append((h, normalise_(h, "mean_square")))
-            h = _masked(h, masks, number)
         return images, drive, states
 
     def advance(
@@ -113,7 +107,6 @@ class RecurrentForwardForward(nn.Module):
         states: list[State],
         label: torch.Tensor,
         learn: Callable[..., None] | None = None,
-        masks: Masks = None,
     ) -> torch.Tensor:
         """One time step of all layers; returns their goodness (layers, rows).
 
@@ -124,10 +117,8 @@ class RecurrentForwardForward(nn.Module):
         """
         found, waiting = [], None
         for number, layer in enumerate(self.layers):
-            below = _masked(states[number - 1][0], masks, number - 1) if number else None
-            above = label
-            if number + 1 < len(states):
-                above = _masked(states[number + 1][0], masks, number + 1)
+            below = states[number - 1][0] if number else None
+            above = states[number + 1][0] if number + 1 < len(states) else label
             up, down = self.sides(number, layer.weight)
             if below is None:
                 y = drive.repeat(len(label) // len(drive), 1)
@@ -155,13 +146,11 @@ class RecurrentForwardForward(nn.Module):
         labels: torch.Tensor,
         wrong: torch.Tensor,
         learning_rate: float,
-        masks: Masks = None,
     ) -> torch.Tensor:
         """Train every layer through all time steps; returns their losses (layers,), a mean over
         the steps that they learn at.
 
         images, drive, states: from `start`; the states are used up. labels, wrong: (N,).
-        masks: those given to `start`.
         Of layer l's goodness g = mean_j h_j^2, where h = damping h_old + (1 - damping) relu(z) and
         h_old is a constant,
             dL/dz = (dL/dg) (2 / width) (1 - damping) h    where z > 0, and 0 elsewhere,
@@ -197,7 +186,7 @@ class RecurrentForwardForward(nn.Module):
                 db.add_(dz.sum(dim=0))
 
         for moment in range(1, self.steps + 1):
-            self.advance(drive, states, label, partial(learn, moment), masks)
+            self.advance(drive, states, label, partial(learn, moment))
         dw, db = gradients[0]
         self.sides(0, dw)[0].addmm_(mixed.t(), images)
         db.add_(mixed.sum(dim=0))
@@ -239,20 +228,12 @@ class RecurrentForwardForward(nn.Module):
     predict = ForwardForward.predict
 
 
-def _masked(h: torch.Tensor, masks: Masks, number: int) -> torch.Tensor:
-    """What the neighbours of layer `number` read of it (rows, width): N rows for each label."""
-    if masks is None:
-        return h
-    return (h.view(-1, *masks[number].shape) * masks[number]).view_as(h)
-
-
 def train_recurrent(
     network: RecurrentForwardForward,
     data: Dataset,
     *,
     softmax_rate: float = 1.0,
     dropout: float = 0.0,
-    hidden_dropout: float = 0.0,
     after_epoch: Callable[[], dict] = dict,
     **course: object,
 ) -> pd.DataFrame:
@@ -260,16 +241,14 @@ def train_recurrent(
 
     softmax_rate, dropout, after_epoch, and what is returned and raised: as in
     `training.train_forward_forward`. course: as in `training.fit`.
-    hidden_dropout: share of a layer's units that its neighbours and the softmax do not read.
     """
     checks.number("softmax_rate", softmax_rate, 0, 1, above=True)
     checks.number("dropout", dropout, 0, 0.9)
-    checks.number("hidden_dropout", hidden_dropout, 0, 0.9)
 
     def step(_, images: torch.Tensor, *batch: object) -> dict[str, torch.Tensor]:
         if dropout:
             images = pairs.dropped(images, dropout, batch[-1])
-        return recurrent_step(network, images, *batch, softmax_rate, hidden_dropout)
+        return recurrent_step(network, images, *batch, softmax_rate)
 
     def measure(_, epoch: int) -> dict:
         _, _, states = network.start(data.test_images[:EVALUATION_ROWS])
@@ -277,7 +256,6 @@ def train_recurrent(
         return {"error": prediction_error(network, data, "softmax"), **after_epoch()}
 
     about = {"softmax_rate": softmax_rate, "dropout": dropout, "network": network.settings}
-    about["hidden_dropout"] = hidden_dropout
     return fit(network, data, step, measure, about=about, **course)
 
 
@@ -288,21 +266,16 @@ def recurrent_step(
     learning_rate: float,
     generator: torch.Generator,
     softmax_rate: float = 1.0,
-    hidden_dropout: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """One batch: the pass up, the softmax's guess and its training at its share of the learning
     rate, wrong labels drawn from the guess, all time steps; returns the losses by name."""
-    masks = None
-    if hidden_dropout:
-        ones = [images.new_ones(len(images), width) for width in network.hidden]
-        masks = [pairs.dropped(rows, hidden_dropout, generator) for rows in ones]
-    images, drive, states = network.start(images, masks)
-    activations = [_masked(h, masks, number) for number, (h, _) in enumerate(states)]
+    images, drive, states = network.start(images)
+    activations = [h for h, _ in states]
     logits = network.softmax(activations)
     wrong = pairs.hard_negatives(logits, labels, generator)
     rate = learning_rate * softmax_rate
     softmax_loss = network.softmax.step(activations, logits, labels, rate)
     del activations, logits
-    losses = network.step(images, drive, states, labels, wrong, learning_rate, masks)
+    losses = network.step(images, drive, states, labels, wrong, learning_rate)
     found = {f"loss_{k}": loss for k, loss in enumerate(losses, start=1)}
     return found | {"softmax_loss": softmax_loss}
