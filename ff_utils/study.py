@@ -10,6 +10,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -90,7 +91,13 @@ COURSE = {"epochs": 50, "batch_size": 100, "learning_rate": 0.001}
 OTHERS = {"label_scale": 2.0, "loss": "pairwise", "scale": 30.0}
 UNDECAYED = OTHERS | {"hidden": [1000, 1000], "label_scale": 10.0, "steps": 5}
 RECURRENT = UNDECAYED | {"weight_decay": 0.1}
-RECURRENT_COURSE = COURSE | {"epochs": 60, "softmax_rate": 0.1, "dropout": 0.2}
+RECURRENT_STUDY = partial(
+    Study,
+    network=_recurrent,
+    train=recurrent.train_recurrent,
+    errors=_errors,
+    course=COURSE | {"epochs": 60, "softmax_rate": 0.1, "dropout": 0.2},
+)
 FF_COURSE = COURSE | {"guess_share": 0.5, "softmax_rate": 0.1}
 STUDIES = {
     "supervised": Study(
@@ -147,42 +154,18 @@ STUDIES = {
         choices=OTHERS | {"fields": MNIST_FIELDS},
         course=FF_COURSE | {"epochs": 100, "jitter": 2},
     ),
-    "recurrent": Study(
-        "recurrent, top-down and bottom-up",
-        0.0131,
-        _recurrent,
-        recurrent.train_recurrent,
-        _errors,
-        choices=RECURRENT,
-        course=RECURRENT_COURSE,
-    ),
-    "recurrent_all": Study(
+    "recurrent": RECURRENT_STUDY("recurrent, top-down and bottom-up", 0.0131, choices=RECURRENT),
+    "recurrent_all": RECURRENT_STUDY(
         "the same, trained on the validation images too",
         0.0131,
-        _recurrent,
-        recurrent.train_recurrent,
-        _errors,
         choices=RECURRENT,
-        course=RECURRENT_COURSE,
         chosen_by="recurrent",
     ),
-    "recurrent_wide": Study(
-        "recurrent, at the paper's widths",
-        0.0131,
-        _recurrent,
-        recurrent.train_recurrent,
-        _errors,
-        choices=RECURRENT | {"hidden": [2000, 2000]},
-        course=RECURRENT_COURSE,
+    "recurrent_wide": RECURRENT_STUDY(
+        "recurrent, at the paper's widths", 0.0131, choices=RECURRENT | {"hidden": [2000, 2000]}
     ),
-    "recurrent_undecayed": Study(
-        "recurrent, without weight decay",
-        None,
-        _recurrent,
-        recurrent.train_recurrent,
-        _errors,
-        choices=UNDECAYED,
-        course=RECURRENT_COURSE,
+    "recurrent_undecayed": RECURRENT_STUDY(
+        "recurrent, without weight decay", None, choices=UNDECAYED
     ),
     "cifar10": Study(
         "CIFAR-10, local receptive fields",
@@ -229,8 +212,9 @@ def run(name: str, seed: int = 0, epochs: int | None = None, *, quiet: bool = Fa
         if longer and made | {"epochs": None} == json.loads(json.dumps(about | {"epochs": None})):
             return record
     if study.chosen_by:
-        chooser = results.record_path(f"{study.chosen_by}-0", PROFILE)
-        _refuse_missing(chooser, study.chosen_by, 0)
+        chooser = f"{study.chosen_by}-0"
+        _refuse_missing(results.record_path(chooser, PROFILE), study.chosen_by, 0)
+        validation = results.read(chooser, PROFILE)["metrics"]["validation_errors"]
     begun = results.Run(label, PROFILE, about)
     device = training.default_device()
     data = datasets.load(study.dataset).to(device)
@@ -241,9 +225,7 @@ def run(name: str, seed: int = 0, epochs: int | None = None, *, quiet: bool = Fa
     network = study.network(data, seed, device, **study.choices)
     place = paths.BUILD / PROFILE / f"{label}-{course['epochs']}.pt"
     history = study.train(network, split, seed=seed, checkpoint=place, quiet=quiet, **course)
-    if study.chosen_by:
-        validation = results.read(chooser.stem, PROFILE)["metrics"]["validation_errors"]
-    else:
+    if not study.chosen_by:
         validation = study.errors(network, split)
     chosen, test = min(validation, key=validation.get), study.errors(network, data)
     save_network(network, NETWORKS / f"{label}.pt")
