@@ -161,6 +161,7 @@ STUDIES = {
         "the same, trained on the validation images too",
         0.0131,
         choices=RECURRENT,
+        course=RECURRENT_COURSE | {"epochs": 90},
         chosen_by="recurrent",
     ),
     "recurrent_wide": RECURRENT_STUDY(  # twice as wide: half the rate, and as much decay a step
