@@ -23,7 +23,7 @@ NOTEBOOKS = (
 )
 FORMS = {
     "unsupervised": "a softmax on layers that learned without labels",
-    "recurrent_wide": "recurrent",
+    "recurrent_all": "recurrent",
     "local": "local receptive fields",
     "jittered": "shifted images",
     "local_jittered": "local receptive fields and shifted images",
