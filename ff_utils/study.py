@@ -35,8 +35,8 @@ class Study:
     network: (data, seed, device, **choices); train: (network, data, **course);
     errors: (network, data) -> test error by each way to predict.
     chosen_by: the study whose validation images made this one's choices, the way to predict
-    included (its seed 0), but for what its title names; this one then trains on those images too,
-    and chooses nothing.
+    included (its seed 0), but for what is set anew beside it; this one then trains on those images
+    too, and chooses nothing.
     """
 
     title: str
