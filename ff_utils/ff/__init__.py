@@ -1,0 +1,1 @@
+"""The Forward-Forward algorithm, in reading order: layers, negatives, network, local, recurrent."""

@@ -1,0 +1,411 @@
+"""Any network trained block by block: a local loss for each block, backpropagation only within it.
+
+A block's graph is freed before the next block runs. Local losses: a linear classifier of the
+block's pooled output (Mono-Forward, arXiv 2501.09238; AugLocal, arXiv 2402.17318), or goodness
+on positive and negative samples (Hinton, arXiv 2212.13345). With one block, this is backprop.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from ff_utils.config import TrainConfig
+from ff_utils.data import Dataset
+from ff_utils.ff.negatives import drop_pixels, random_negatives, with_label
+from ff_utils.ff.network import EVALUATION_ROWS, classification_error
+from ff_utils.utils import check_choice, check_number
+
+LOCAL_LOSSES = ("classifier", "goodness")
+TORCH_OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+CHUNK_ELEMENTS = 2**24  # logits at a time where a loss is computed in chunks
+
+
+class Block(NamedTuple):
+    """Modules that run one after the other, and the module that holds them."""
+
+    name: str
+    modules: list[nn.Module]
+    parent: nn.Module
+
+
+def find_blocks(network: nn.Module, names: Sequence[str] | None = None) -> list[Block]:
+    """The blocks of `network`: the modules called `names`, or else the children of its outermost
+    `nn.Sequential` and `nn.ModuleList`s.
+
+    In an `nn.Sequential`, a block begins at each child that holds a matrix or a kernel; what
+    follows without one (a normalisation, an activation, a pooling) belongs to it.
+    """
+    if names:
+        known = dict(network.named_modules())
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"blocks: {unknown[0]!r} is no module of {type(network).__name__}.")
+        return [Block(name, [known[name]], _parent(network, name)) for name in names]
+    blocks = list(_outermost_blocks(network, ""))
+    if len(blocks) < 2:
+        children = ", ".join(name for name, _ in network.named_children()) or "none"
+        raise ValueError(
+            f"{type(network).__name__} has no nn.Sequential or nn.ModuleList of two or more "
+            f"blocks: name its blocks (modules it holds: {children})."
+        )
+    return blocks
+
+
+def _parent(network: nn.Module, name: str) -> nn.Module:
+    return network.get_submodule(name.rpartition(".")[0])
+
+
+def _outermost_blocks(module: nn.Module, name: str) -> Iterator[Block]:
+    if isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module) > 1:
+        runs: list[tuple[str, list[nn.Module]]] = []
+        for child_name, child in module.named_children():
+            weighty = any(p.dim() > 1 for p in child.parameters())
+            starts = (
+                weighty and any(p.dim() > 1 for m in runs[-1][1] for p in m.parameters())
+                if runs
+                else True
+            )
+            if starts or isinstance(module, nn.ModuleList):
+                runs.append((child_name, []))
+            runs[-1][1].append(child)
+        yield from (Block(f"{name}{first}", run, module) for first, run in runs)
+        return
+    for child_name, child in module.named_children():
+        yield from _outermost_blocks(child, f"{name}{child_name}.")
+
+
+def task_loss(
+    network: nn.Module, inputs: object, labels: torch.Tensor | None, loss: Callable | None = None
+) -> torch.Tensor:
+    """The network's own loss on a batch: `loss(output, labels)`, or what the network returns.
+
+    inputs: a tensor, a tuple of arguments or a dict of named ones. Without `loss`: the output's
+    `.loss` if it has one; the output itself if there are no labels; the mean squared error if
+    labels are numbers; else cross-entropy, classes last where labels are of every token.
+    """
+    output = call(network, inputs)
+    if loss is not None:
+        return loss(output, labels)
+    if getattr(output, "loss", None) is not None:
+        return output.loss
+    output = getattr(output, "logits", output)
+    if labels is None:
+        if not torch.is_tensor(output) or output.numel() != 1:
+            raise ValueError(
+                f"{type(network).__name__} returns no loss: give labels, as (inputs, labels), or a "
+                "loss, as (network, batch, loss)."
+            )
+        return output
+    if labels.is_floating_point():
+        return F.mse_loss(output, labels)
+    if labels.dim() > 1 and output.shape[:-1] == labels.shape:
+        return F.cross_entropy(output.flatten(0, -2), labels.flatten())
+    return F.cross_entropy(output, labels)
+
+
+def call(network: nn.Module, inputs: object) -> object:
+    """`network` applied to a tensor, a tuple of arguments or a dict of named ones."""
+    if isinstance(inputs, dict):
+        return network(**inputs)
+    return network(*inputs) if isinstance(inputs, (tuple, list)) else network(inputs)
+
+
+def chunked_cross_entropy(
+    features: torch.Tensor, labels: torch.Tensor, head: nn.Linear
+) -> torch.Tensor:
+    """Mean cross-entropy of `head(features)`, whose logits never live all at once.
+
+    features (..., width), labels (...). Each chunk's logits are recomputed in the backward pass.
+    """
+
+    def loss_of(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(rows, head.weight, head.bias)
+        return F.cross_entropy(logits, targets, reduction="sum")
+
+    features, labels = features.flatten(0, -2), labels.flatten()
+    size = max(1, CHUNK_ELEMENTS // head.out_features)
+    total = 0
+    for rows, targets in zip(features.split(size), labels.split(size), strict=True):
+        total = total + checkpoint(loss_of, rows, targets, use_reentrant=False)
+    return total / len(labels)
+
+
+def split_batch(batch: object, parts: int) -> list[tuple[object, float]]:
+    """`batch` in up to `parts` micro-batches, each with its share of the rows.
+
+    Every tensor as long as the first one is split; other values go to every part.
+    """
+    leaves, structure = tree_flatten(batch)
+    rows = next((len(leaf) for leaf in leaves if torch.is_tensor(leaf) and leaf.dim()), 1)
+    split = [
+        leaf.tensor_split(min(parts, rows))
+        if torch.is_tensor(leaf) and leaf.dim() and len(leaf) == rows
+        else [leaf] * min(parts, rows)
+        for leaf in leaves
+    ]
+    sizes = [len(part) for part in torch.arange(rows).tensor_split(min(parts, rows))]
+    columns = zip(*split, strict=True)
+    return [
+        (tree_unflatten(list(part), structure), size / rows)
+        for part, size in zip(columns, sizes, strict=True)
+    ]
+
+
+class _LastBlockDone(Exception):  # noqa: N818
+    """Ends a forward pass after the last block."""
+
+
+class BlockLocal(nn.Module):
+    """Trains a network block by block; the network itself is unchanged.
+
+    loss "classifier": each block but the last has a linear classifier of its own, on its output
+    averaged over positions; classifiers of tokens share their weights and are not averaged. The
+    last block and what follows it train on the network's own loss; what precedes the first block
+    trains with it. Predictions are the network's.
+    loss "goodness": each block raises its mean squared output above `threshold` on positive
+    samples and lowers it on negative ones, twice as many rows. Its output goes on with mean square
+    1. Images carry their label, true or wrong, in their first `classes` pixels (Hinton, section
+    3.3); negative token sequences are shuffled. What follows the last block is not used:
+    predictions are by goodness, of all blocks but the first.
+    Each parameter is updated, and its gradient freed, as soon as the gradient is complete.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        classes: int | None = None,
+        *,
+        loss: str = "classifier",
+        blocks: Sequence[str] | None = None,
+        optimizer: str = "adam",
+        learning_rate: float = 1e-3,
+        threshold: float = 2.0,
+        micro_batches: int = 1,
+        network_loss: Callable | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("loss", loss, LOCAL_LOSSES)
+        check_choice("optimizer", optimizer, TORCH_OPTIMIZERS)
+        check_number("micro_batches", micro_batches, 1, whole=True)
+        self.network, self.classes, self.loss = network, classes, loss
+        self.threshold, self.micro_batches, self.network_loss = (
+            threshold,
+            micro_batches,
+            network_loss,
+        )
+        self.blocks = [block.name for block in find_blocks(network, blocks)]
+        for name, block in zip(self.blocks, find_blocks(network, blocks), strict=True):
+            block.modules[-1].register_forward_hook(
+                lambda _, inputs, output, name=name: self._after_block(name, output)
+            )
+        self.classifiers = nn.ModuleDict()
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self._make_optimizer = lambda p: TORCH_OPTIMIZERS[optimizer](
+            [p], lr=learning_rate, fused=True
+        )
+        self._mode: str | None = None
+        self._ran: list[tuple[str, torch.Tensor]] = []
+        self.settings = {"blocks": self.blocks, "loss": loss, "optimizer": optimizer}
+        self.settings |= {"threshold": threshold, "micro_batches": micro_batches}
+        self.settings |= {"parameters": [list(p.shape) for p in network.parameters()]}
+
+    def forward(self, inputs: object) -> object:
+        """The network's output."""
+        return call(self.network, inputs)
+
+    def prepare(self, inputs: object, labels: torch.Tensor | None) -> None:
+        """Make the local classifiers and the optimizers; the first step does so by itself."""
+        training, self._mode, self._ran = self.training, "probe", []
+        self.eval()
+        with torch.no_grad():
+            output = self(split_batch(inputs, 2**30)[0][0])
+        self.train(training)
+        self._mode = None
+        names = [name for name, _ in self._ran]
+        if sorted(names) != sorted(self.blocks):
+            odd = next(n for n in [*self.blocks, *names] if names.count(n) != 1)
+            raise ValueError(
+                f"block {odd!r} runs {names.count(odd)} times in a forward pass; local losses need "
+                "blocks that run once."
+            )
+        self.blocks = names  # in the order in which they run
+        if self.loss == "classifier":
+            self._make_classifiers(getattr(output, "logits", output), labels)
+        self._ran = []
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                own = self._make_optimizer(parameter)
+                self.optimizers.append(own)
+                parameter.register_post_accumulate_grad_hook(lambda _, own=own: self._update(own))
+
+    def _make_classifiers(self, logits: torch.Tensor, labels: torch.Tensor | None) -> None:
+        shared = labels is not None and labels.dim() == 2
+        for number, (_, y) in enumerate(self._ran[:-1]):
+            fits = labels is not None and (y.shape[1:-1] == labels.shape[1:] if shared else True)
+            if not fits or labels.is_floating_point() or labels.dim() > 2:
+                raise ValueError(
+                    "local classifiers need one class label for each sample or token; use goodness."
+                )
+            width = y.shape[1] if y.dim() > 3 and not shared else y.shape[-1]
+            classes = self.classes or logits.shape[-1]
+            if shared and number and self.classifiers["0"].in_features != width:
+                raise ValueError("token classifiers share weights: blocks must have one width.")
+            if not (shared and number):
+                like = next(self.network.parameters())
+                head = nn.Linear(width, classes, device=like.device, dtype=like.dtype)
+                self.classifiers[str(number)] = head
+
+    def step(self, inputs: object, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """One update of every block from a batch; the losses by name, "loss" the network's own.
+
+        With goodness, `labels` (rows,) are the true classes of images, which are flat or not.
+        """
+        if not self.optimizers:
+            self.prepare(inputs, labels)
+        losses: dict[str, torch.Tensor] = {}
+        parts = split_batch((inputs, labels), self.micro_batches)
+        for number, ((part, part_labels), share) in enumerate(parts, start=1):
+            self._last_part, self._labels, self._share = number == len(parts), part_labels, share
+            self._mode, self._ran, self._losses = "train", [], {}
+            try:
+                if self.loss == "goodness":
+                    part = self._with_negatives(part, part_labels)
+                loss = task_loss(self.network, part, part_labels, self.network_loss)
+                (loss * share).backward()
+                self._losses["loss"] = loss.detach()
+                del loss
+            except _LastBlockDone:
+                pass
+            finally:
+                self._mode, self._ran = None, []
+            for name, value in self._losses.items():
+                losses[name] = losses.get(name, 0) + value * share
+        return losses
+
+    def _update(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._last_part:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def _after_block(self, name: str, output: object) -> object:
+        """What goes on to the next block instead of `output`; None leaves it."""
+        if self._mode is None:
+            return None
+        leaves, structure = tree_flatten(output)
+        position = next(i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf))
+        y = leaves[position]
+        if self._mode == "probe":
+            self._ran.append((name, y.detach()))
+            return None
+        number = self.blocks.index(name)
+        last = number == len(self.blocks) - 1
+        if self.loss == "classifier" and last:
+            return None
+        if self._mode == "train":
+            loss = self._local_loss(number, y)
+            (loss * self._share).backward()
+            self._losses[f"loss_{number + 1}"] = loss.detach()
+            del loss
+        y = y.detach()
+        if self.loss == "goodness":
+            squares = goodness_of(y)
+            if self._mode == "score" and (number or last):
+                self._ran.append((name, squares))
+            if last:
+                raise _LastBlockDone
+            y = y / (squares.sqrt() + 1e-8).view(-1, *[1] * (y.dim() - 1))
+        leaves = [leaf.detach() if torch.is_tensor(leaf) else leaf for leaf in leaves]
+        leaves[position] = y
+        return tree_unflatten(leaves, structure)
+
+    def _local_loss(self, number: int, y: torch.Tensor) -> torch.Tensor:
+        if self.loss == "goodness":
+            x = goodness_of(y) - self.threshold
+            positive, negative = x.chunk(2)
+            return (F.softplus(-positive).mean() + F.softplus(negative).mean()) / 2
+        if self._labels.dim() == 2:
+            return chunked_cross_entropy(y, self._labels, self.classifiers["0"])
+        pooled = y.mean(dim=1) if y.dim() == 3 else y.flatten(2).mean(2) if y.dim() > 3 else y
+        return F.cross_entropy(self.classifiers[str(number)](pooled), self._labels)
+
+    def _with_negatives(self, inputs: object, labels: torch.Tensor | None) -> object:
+        x = inputs if torch.is_tensor(inputs) else next(iter(tree_flatten(inputs)[0]))
+        if not x.is_floating_point():
+            return tree_map(lambda t: torch.cat([t, t[:, torch.randperm(t.shape[1])]]), inputs)
+        if labels is None or labels.dim() != 1 or x is not inputs:
+            raise ValueError("goodness needs class labels of images (rows,), or token sequences.")
+        classes = self.classes or 10
+        wrong = random_negatives(labels, classes, self._generator)
+        return torch.cat([write_label(x, labels, classes), write_label(x, wrong, classes)])
+
+    _generator: torch.Generator = torch.default_generator
+
+    # --- As `training.fit` calls it -------------------------------------------------------------
+
+    def start_training(self, data: Dataset, config: TrainConfig) -> list[None]:
+        """The stages of a training: one, in which every batch trains every block."""
+        if not self.optimizers:
+            with torch.random.fork_rng():
+                torch.manual_seed(config.seed)
+                self.prepare(data.train_images[:2], data.train_labels[:2])
+        return [None]
+
+    def train_batch(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        learning_rate: float,
+        generator: torch.Generator,
+        config: TrainConfig,
+        stage: None = None,
+    ) -> dict[str, torch.Tensor]:
+        """One batch, images (rows, pixels); returns each block's loss and the network's own."""
+        self.train()
+        self._generator = generator
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate
+        if config.dropout:
+            images = drop_pixels(images, config.dropout, generator)
+        return self.step(images, labels)
+
+    def after_epoch(self, data: Dataset, epoch: int, stage: None = None) -> dict[str, float]:
+        """The error on `data`'s test part."""
+        self.eval()
+        return {"error": classification_error(self, data)}
+
+    @torch.no_grad()
+    def predict(
+        self, images: torch.Tensor, by: str | None = None, rows: int = EVALUATION_ROWS
+    ) -> torch.Tensor:
+        """Class of each image (N,): the network's, or with goodness the label that has most."""
+        if self.loss == "classifier":
+            return torch.cat([self(part).argmax(1) for part in images.split(rows)])
+        return torch.cat([self._scores(part).argmax(1) for part in images.split(rows)])
+
+    def _scores(self, images: torch.Tensor) -> torch.Tensor:
+        scores = []
+        for label in range(self.classes):
+            self._mode, self._ran = "score", []
+            labels = torch.full((len(images),), label, device=images.device)
+            try:
+                self(write_label(images, labels, self.classes))
+            except _LastBlockDone:
+                scores.append(sum(squares for _, squares in self._ran))
+            finally:
+                self._mode, self._ran = None, []
+        return torch.stack(scores, dim=1)
+
+
+def goodness_of(y: torch.Tensor) -> torch.Tensor:
+    """Mean of the squared outputs of each row: (rows, ...) -> (rows,)."""
+    y = y.flatten(1)
+    return torch.linalg.vector_norm(y, dim=1).square() / y.shape[1]
+
+
+def write_label(images: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """Images (rows, ...) whose first `classes` pixels hold the one-hot label, as a new tensor."""
+    return with_label(images.flatten(1), labels, classes).view_as(images)

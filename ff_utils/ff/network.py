@@ -1,0 +1,363 @@
+"""The Forward-Forward network, and how it trains: Hinton, arXiv 2212.13345, section 3.
+
+A training step (`ForwardForward.train_batch`) goes twice through the layers: once with the neutral
+label, for the classifier and the choice of negatives, once with positive and negative rows, for
+the layers.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from ff_utils.config import FFConfig, TrainConfig
+from ff_utils.data import Dataset, test_batches
+from ff_utils.ff.layers import FFLayer, SoftmaxClassifier, normalise_, split_batch
+from ff_utils.ff.negatives import (
+    DenseInput,
+    FactoredInput,
+    Rollouts,
+    drop_pixels,
+    hard_negatives,
+    hybrid_images,
+    random_negatives,
+    with_label,
+)
+from ff_utils.utils import allocation_category, check_choice, check_ints, check_number
+
+PREDICTIONS = ("softmax", "goodness", "both")
+EVALUATION_ROWS = 2000
+
+
+class ForwardForward(nn.Module):
+    """A stack of FF layers that reads an image with a label written in.
+
+    config: see `FFConfig`. With label="none" the network reads images alone and learns without
+    labels. label="joined", normalisation="length", threshold=2, sharpness=1 is the original's.
+    """
+
+    def __init__(
+        self,
+        pixels: int,
+        classes: int,
+        hidden: list[int],
+        config: FFConfig = FFConfig(),
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        check_ints("hidden", hidden, 1)
+        check_number("classes", classes, 2, whole=True)
+        check_number("pixels", pixels, classes if config.label == "pixels" else 1, whole=True)
+        self.pixels, self.classes, self.hidden = pixels, classes, list(hidden)
+        self.config = config
+        self.settings = {"pixels": pixels, "classes": classes, "hidden": list(hidden)}
+        self.settings |= asdict(config)
+        del self.settings["recompute"]  # the results are the same bits
+        self.image_shape: tuple[int, ...] = ()
+        self.optimizers: list[nn.Module] = []  # what a checkpoint holds besides the network
+        plan = self.plan(pixels + (classes if config.label == "joined" else 0))
+        # One gradient buffer, as large as the largest layer, serves all of them in turn.
+        largest = torch.zeros(max(size for _, size in plan), device=device, dtype=dtype)
+        self.register_buffer("grad_buffer", largest, persistent=False)
+        generator = torch.Generator().manual_seed(config.seed)
+        kind = {"config": config, "generator": generator, "dtype": dtype}
+        self.layers = nn.ModuleList(
+            self.build_layer(number, partial(make, **kind)) for number, (make, _) in enumerate(plan)
+        )
+        self.softmax = None
+        if config.classifier:
+            kind = {"first": config.first_read, "device": device, "dtype": dtype}
+            self.softmax = SoftmaxClassifier(self.hidden, classes, config, **kind)
+
+    def plan(self, in_features: int) -> list[tuple[Callable[..., FFLayer], int]]:
+        """What makes each layer above an input of `in_features`, and how many weights it has."""
+        sizes = pairwise([in_features, *self.hidden])
+        return [(partial(FFLayer, below, width), below * width) for below, width in sizes]
+
+    def build_layer(self, number: int, make: Callable[..., FFLayer]) -> FFLayer:
+        """Make a layer where it lives: here, on the device with all others."""
+        return make(device=self.grad_buffer.device)
+
+    def iter_layers(self, numbers: Sequence[int], update: bool = False) -> Iterator[FFLayer]:
+        """The layers of these numbers in turn, each ready to run; update: to be trained."""
+        for number in numbers:
+            yield self.layers[number]
+
+    def encode(self, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """Images (N, pixels) with labels (N,), or the neutral label for None, normalised."""
+        images = images.to(self.grad_buffer.dtype)
+        h = with_label(images, labels, self.classes, self.config.label, self.config.label_scale)
+        normalise_(h, self.config.normalisation)
+        return h
+
+    def labelled_input(self, images: torch.Tensor) -> FactoredInput | DenseInput:
+        """Images (N, pixels) as the first layer reads them, to be given labels."""
+        config = self.config
+        if config.label == "none":
+            return DenseInput(images, self.encode)
+        images = images.to(self.grad_buffer.dtype)
+        choices = (config.label, config.label_scale, config.normalisation)
+        return FactoredInput(images, self.classes, *choices)
+
+    def forward(self, h: torch.Tensor | FactoredInput) -> list[torch.Tensor]:
+        """Normalised activations of every layer: (rows, inputs) -> list of (rows, width)."""
+        return list(self.activations(h, len(self.layers)))
+
+    def activations(self, h: torch.Tensor | FactoredInput, depth: int) -> Iterator[torch.Tensor]:
+        """Normalised activations of the first `depth` layers, one at a time."""
+        for layer in self.iter_layers(range(depth)):
+            h = layer(h)
+            layer.normalise_(h)
+            yield h
+
+    def cache_activations(
+        self, h: torch.Tensor | FactoredInput, depth: int
+    ) -> Iterable[torch.Tensor]:
+        """`activations` that can be read more than once: cached, or recomputed each time."""
+        if self.config.recompute:
+            return _Recomputed(partial(self.activations, h, depth))
+        return list(self.activations(h, depth))
+
+    def step(
+        self,
+        h: torch.Tensor | FactoredInput,
+        positives: int,
+        learning_rate: float,
+        micro_batches: int = 1,
+    ) -> torch.Tensor:
+        """Train every layer on one batch; returns their losses (layers,).
+
+        h: as in `FFLayer.step`, OVERWRITTEN. A layer is done before the next one starts: two
+        activations live at a time, or one and a part of one with `micro_batches`.
+        """
+        losses = []
+        for layer in self.iter_layers(range(len(self.layers)), update=True):
+            h, loss = layer.step(h, positives, learning_rate, self.grad_buffer, micro_batches)
+            losses.append(loss)
+        return torch.stack(losses)
+
+    def step_accumulated(
+        self, h: torch.Tensor, positives: int, learning_rate: float, micro_batches: int
+    ) -> torch.Tensor:
+        """As `step`, but each part of the batch goes through all layers before the next part.
+
+        Needs less where activations outweigh weights: every layer's gradient is kept from part to
+        part, and the activations of one part only. h: (rows, inputs), normalised; left as it is.
+        """
+        numbers = range(len(self.layers))
+        with allocation_category("gradients"):
+            gradients = [
+                (torch.empty_like(layer.weight), torch.empty_like(layer.bias))
+                for layer in self.iter_layers(numbers)
+            ]
+        losses = 0
+        for part in split_batch(len(h), positives, micro_batches):
+            y, of_part = h[part.rows].clone(), []
+            for layer, (dw, db) in zip(self.iter_layers(numbers), gradients, strict=True):
+                y, loss = layer.add_gradient(y, part, dw, db)
+                of_part.append(loss)
+            losses = losses + torch.stack(of_part)
+            del y
+        layers = self.iter_layers(numbers, update=True)
+        for layer, pair in zip(layers, gradients, strict=True):
+            layer.optimizer.update(list(pair), learning_rate)
+        return losses
+
+    def start_training(self, data: Dataset, config: TrainConfig) -> list[int | str | None]:
+        """Get ready to train on `data`; returns the stages, each of `config.epochs` epochs.
+
+        [None] trains all layers on every batch, layers' numbers one layer after the other. Without
+        labels the layers come first, then the classifier. ValueError where config does not fit.
+        """
+        self.optimizers, self.image_shape = [], tuple(data.shape)
+        if self.config.label == "none":
+            images = len(data.train_labels)
+            check_number("batch_size", config.batch_size, 2, images, whole=True)
+            if images % config.batch_size == 1:
+                raise ValueError(
+                    f"batch_size is {config.batch_size}, which leaves one image alone, with no "
+                    "other to mix it with: give another."
+                )
+            return ["layers", "softmax"]
+        if self.softmax is None:
+            raise ValueError(
+                "this network was built with classifier=False: train it by fit_greedy_cached."
+            )
+        if config.schedule == "layerwise" and self.config.first_read > 1:
+            raise ValueError(
+                "schedule is 'layerwise', whose softmax reads layer 1: give first_read=1."
+            )
+        if config.negatives == "rollout":
+            self.optimizers = [Rollouts(data, config.batch_size, config.rollout_length)]
+        return [None] if config.schedule == "joint" else list(range(len(self.layers)))
+
+    def train_batch(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        learning_rate: float,
+        generator: torch.Generator,
+        config: TrainConfig,
+        stage: int | str | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Train on images (N, pixels) with labels (N,); returns the losses () by name.
+
+        stage: one of `start_training`. Each image gives one positive and one negative row.
+        """
+        if self.config.label == "none":
+            return self._train_unsupervised(images, labels, learning_rate, generator, config, stage)
+        prob = config.classifier_update_prob
+        classify = prob == 1 or float(torch.rand((), generator=generator)) < prob
+        depth = len(self.layers) if stage is None else stage + 1
+        rows, softmax, losses = self.labelled_input(images), self.softmax, {}
+        if config.dropout:
+            rows.drop_pixels(config.dropout, generator)
+        if classify:
+            neutral = self.cache_activations(rows.with_labels(None), depth)
+            logits, rate = softmax(neutral), learning_rate * config.classifier_rate
+            losses["softmax_loss"] = softmax.step(neutral, logits, labels, rate)
+            softmax.update_confusion(logits, labels)
+            del neutral
+        else:  # what the classifier lately predicted for images of the same class
+            logits = softmax.confusion.log()[labels]
+        if config.negatives == "rollout":
+            windows, written = self.optimizers[0].write(self.classify, images, generator)
+            h = self.encode(torch.cat([images, windows]), torch.cat([labels, written]))
+        elif config.negatives == "hard":
+            h = rows.with_labels(labels, hard_negatives(logits, labels, generator))
+        else:
+            h = rows.with_labels(labels, random_negatives(labels, self.classes, generator))
+        del logits
+        if stage is None:
+            return named_losses(self.step(h, len(labels), learning_rate)) | losses
+        for below in self.activations(h, stage):
+            h = below
+        for layer in self.iter_layers([stage], update=True):
+            _, loss = layer.step(h, len(labels), learning_rate, self.grad_buffer)
+        return named_losses([loss], first=stage + 1) | losses
+
+    def _train_unsupervised(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        learning_rate: float,
+        generator: torch.Generator,
+        config: TrainConfig,
+        stage: str,
+    ) -> dict[str, torch.Tensor]:
+        """Teach the layers to tell images from hybrids; or the classifier, on finished layers.
+
+        The layers see no label, and the classifier leaves them as they are. Section 3.2.
+        """
+        if config.dropout:
+            images = drop_pixels(images, config.dropout, generator)
+        if stage == "softmax":
+            rows = self.encode(images, None)
+            activations = self.cache_activations(rows, len(self.layers))
+            logits = self.softmax(activations)
+            return {"softmax_loss": self.softmax.step(activations, logits, labels, learning_rate)}
+
+        def mixed() -> torch.Tensor:
+            hybrids = hybrid_images(images, self.image_shape, generator, config.mask_blurs)
+            return torch.cat([images, hybrids])
+
+        # Their rows have no name here, so that they are freed once the first layer has used them.
+        return named_losses(self.step(self.encode(mixed(), None), len(images), learning_rate))
+
+    def after_epoch(self, data: Dataset, epoch: int, stage: int | str | None = None) -> dict:
+        """The classifier's test error, once there is one; FloatingPointError for a dead layer."""
+        depth = stage + 1 if isinstance(stage, int) else len(self.layers)
+        some = self.encode(data.test_images[:EVALUATION_ROWS], None)
+        refuse_dead_layers(self.activations(some, depth), epoch)
+        if stage == "layers":
+            return {}
+        return {"error": classification_error(partial(self.classify, depth=depth), data)}
+
+    def classify(self, images: torch.Tensor, depth: int | None = None) -> torch.Tensor:
+        """Softmax logits (N, classes) of images (N, pixels) under the neutral label.
+
+        depth: of how many layers; all where None. ValueError for a network without a classifier.
+        """
+        if self.softmax is None:
+            raise ValueError("this network was built with classifier=False: predict by 'goodness'.")
+        neutral = self.labelled_input(images).with_labels(None)
+        return self.softmax(self.activations(neutral, depth or len(self.layers)))
+
+    def label_goodness(self, images: torch.Tensor) -> torch.Tensor:
+        """Goodness of every label in every layer: images (N, pixels) -> (layers, N, classes).
+
+        The labels go through a layer together, so that each layer is visited once.
+        """
+        if self.config.label == "none":
+            raise ValueError("label is 'none': goodness knows no label, predict by 'softmax'.")
+        count = len(images)
+        tried = torch.arange(self.classes, device=images.device)[:, None].expand(-1, count)
+        h = self.labelled_input(images).with_labels(*tried.contiguous())
+        result = self.grad_buffer.new_empty(len(self.layers), self.classes, count)
+        for number, layer in enumerate(self.iter_layers(range(len(self.layers)))):
+            h = layer(h)
+            g = layer.goodness_of(layer.normalise_(h))
+            result[number] = g.view(self.classes, count)
+        return result.transpose(1, 2)
+
+    def scores(self, images: torch.Tensor, by: str) -> torch.Tensor:
+        """A score for each label: images (N, pixels) -> (N, classes), largest is best.
+
+        by: "softmax", the logits under the neutral label; "goodness", summed over all layers;
+            "both", the log probability of the softmax plus the mean over layers of goodness times
+            sharpness, which is a log probability too.
+        """
+        check_choice("by", by, PREDICTIONS)
+        if by == "softmax":
+            return self.classify(images)
+        g = self.label_goodness(images)
+        if by == "goodness":
+            return g.sum(0)
+        return g.mean(0).mul_(self.config.sharpness).add_(self.classify(images).log_softmax(1))
+
+    def predict(
+        self, images: torch.Tensor, by: str = "goodness", rows: int = EVALUATION_ROWS
+    ) -> torch.Tensor:
+        """Class of each image (N,): the best of `scores`.
+
+        rows: network inputs taken at a time, so that memory stays small.
+        """
+        size = rows if by == "softmax" else max(1, rows // self.classes)
+        return torch.cat([self.scores(part, by).argmax(1) for part in images.split(size)])
+
+
+class _Recomputed:
+    """What `make` yields, as often as it is read."""
+
+    def __init__(self, make: Callable[[], Iterator[torch.Tensor]]) -> None:
+        self.make = make
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self.make()
+
+
+def named_losses(losses: Iterable[torch.Tensor], first: int = 1) -> dict[str, torch.Tensor]:
+    """Losses of layers by name: loss_1 and so on, or beginning with layer `first`."""
+    return {f"loss_{number}": loss for number, loss in enumerate(losses, start=first)}
+
+
+def classification_error(classify: Callable[[torch.Tensor], torch.Tensor], data: Dataset) -> float:
+    """Share of `data`'s test images for which `classify` (images -> logits) is wrong."""
+    batches = test_batches(data, EVALUATION_ROWS)
+    wrong = sum((classify(images).argmax(1) != labels).sum() for images, labels in batches)
+    return float(wrong) / len(data.test_labels)
+
+
+def refuse_dead_layers(activations: Iterable[torch.Tensor], epoch: int) -> None:
+    """FloatingPointError for a layer whose units are zero for every image."""
+    for number, h in enumerate(activations, start=1):
+        if not h.any():
+            raise FloatingPointError(
+                f"layer {number} is dead in epoch {epoch}: all its units are zero for every image; "
+                "lower learning_rate or threshold."
+            )
