@@ -1,0 +1,515 @@
+"""Figures in one style: backprop blue, Forward-Forward orange, direct labels, MB and GB of 10^6."""
+
+import io
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from IPython.display import Image, display
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+
+from ff_utils.memory.arms import ARMS
+
+MB, GB = 1e6, 1e9
+BLUE, PALE_BLUE = "#1a6faf", "#9fc0dc"
+ORANGE, PALE_ORANGE = "#d1541d", "#ecb795"
+GREY = "#6b6b6b"
+POSITIVE, NEGATIVE = "#2a8c82", "#a5528f"
+SERIES = [ORANGE, BLUE, "#5b5f97", "#2a8c82", "#b8336a", GREY]  # of what is not an arm
+CATEGORIES = {  # of tensors: name and colour
+    "parameters": ("parameters", "#0173b2"),
+    "gradients": ("gradients", "#de8f05"),
+    "optimizer_state": ("Adam's moments", "#029e73"),
+    "activations": ("activations", "#d55e00"),
+    "temporaries": ("temporaries", "#cc78bc"),
+    "inputs": ("inputs, cached data", GREY),
+}
+DPI = 140
+
+
+def start(folder: Path) -> Callable[[Figure, str, str], None]:
+    """Set the style of all figures; returns `show(figure, name, alt)`, which saves to `folder`."""
+    sns.set_theme(
+        context="notebook",
+        style="ticks",
+        rc={
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "axes.titlelocation": "left",
+            "axes.titlesize": 12,
+            "axes.titleweight": "bold",
+            "axes.labelsize": 11,
+            "xtick.labelsize": 10,
+            "ytick.labelsize": 10,
+            "axes.grid": True,
+            "axes.grid.axis": "y",
+            "grid.color": "#e6e6e6",
+            "axes.prop_cycle": matplotlib.cycler(color=SERIES),
+            "legend.frameon": False,
+            "legend.fontsize": 9,
+            "figure.constrained_layout.use": True,
+            "figure.dpi": DPI,
+            "svg.hashsalt": "ff_utils",
+            "svg.fonttype": "none",
+            "font.family": "DejaVu Sans",
+        },
+    )
+    return partial(show, folder=folder)
+
+
+def show(figure: Figure, name: str, alt: str, folder: Path) -> None:
+    """Save as `folder`/`name`.svg and .png and show it inline with `alt` as its description."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"Description": alt}
+    tight = {"bbox_inches": "tight", "pad_inches": 0.08}
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None, **about}, **tight)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=DPI, format="png", metadata={"Software": None, **about}, **tight)
+    (folder / f"{name}.png").write_bytes(png.getvalue())
+    plt.close(figure)
+    pixels = int.from_bytes(png.getvalue()[16:20], "big")
+    display(Image(png.getvalue(), width=round(pixels * 90 / DPI), alt=alt))
+
+
+def names_and_colours(series: Iterable, colours: Sequence[str] = SERIES) -> dict:
+    """Title and colour of every series: an arm's own, or the next of `colours`."""
+    found = {}
+    for number, name in enumerate(series):
+        arm = ARMS.get(name)
+        colour = colours[number % len(colours)]
+        found[name] = (arm.title, arm.colour) if arm else (str(name), colour)
+    return found
+
+
+def panels(
+    titles: Sequence[str],
+    *,
+    title: str,
+    columns: int = 4,
+    size: tuple[float, float] = (2.9, 2.6),
+    note: str = "",
+    **shared: bool,
+) -> tuple[Figure, list[plt.Axes]]:
+    """Axes side by side, one for each of `titles`; size: inches of each (width, height)."""
+    columns = min(columns, len(titles))
+    rows = -(-len(titles) // columns)
+    inches = (max(size[0] * columns, 8), size[1] * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=inches, squeeze=False, **shared)
+    for axis, name in zip(axes.flat, titles, strict=False):
+        axis.set_title(name, fontsize=10, weight="normal")
+    for axis in axes.flat[len(titles) :]:
+        axis.remove()
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
+    _note(figure, note)
+    return figure, list(axes.flat[: len(titles)])
+
+
+def label(
+    axis: plt.Axes, places: Sequence[tuple[float, float, str, str]], curves: Sequence = ()
+) -> None:
+    """Write each of `places` (x, y, name, colour) beside its point, in its colour.
+
+    No label covers a point or another label, as far as there is room. With `curves`, points (x, y)
+    of lines, the labels at the right end of these go down until they are free.
+    """
+    figure = axis.figure
+    figure.canvas.draw()
+    figure.set_layout_engine("none")  # from here on, labels must not move the axes
+    points = axis.transData.transform([*[place[:2] for place in places], *curves])
+    boxes = [Bbox.from_bounds(px - 5, py - 5, 10, 10) for px, py in points]
+    right = max(x for x, *_ in places)
+    shape = {"textcoords": "offset points", "fontsize": 9.5, "weight": "bold", "va": "center"}
+    for x, y, name, colour in sorted(places, key=lambda place: -place[1]):
+        text = axis.annotate(name, (x, y), (0, 0), color=colour, **shape)
+        for dx, dy in DOWN if len(curves) and x >= right else AROUND:
+            text.set_position((dx, dy))
+            text.set_horizontalalignment(("right", "center", "left")[np.sign(dx) + 1])
+            box = text.get_window_extent()
+            if not box.count_overlaps(boxes):
+                break
+        boxes.append(box)
+        if abs(dy) > 14:
+            leader = {"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkB": 4}
+            axis.annotate("", (x, y), (dx, dy), textcoords="offset points", arrowprops=leader)
+
+
+# Offsets in points that `label` tries, the nearest first.
+DOWN = [(9, -3 * step) for step in range(60)]
+AROUND = [(9, 0), (0, 11), (0, -11), (-9, 0)]
+AROUND += [(dx, dy * sign) for dy in range(11, 100, 6) for dx in (9, -9) for sign in (1, -1)]
+
+
+def lines(
+    table: pd.DataFrame | dict[str, pd.DataFrame],
+    x: str,
+    y: str,
+    by: str = "line",
+    *,
+    title: str = "",
+    ylabel: str,
+    xlabel: str = "",
+    scale: float = 1,
+    log: str = "",
+    note: str = "",
+    colours: Sequence[str] = SERIES,
+    circles: pd.DataFrame | None = None,
+    axis: plt.Axes | None = None,
+) -> Figure:
+    """`y` times `scale` against `x`, one line for each value of `by`, labelled at its end.
+
+    The line is the mean of the rows at an `x` (seeds, say), its band reaches from the least to the
+    most. table: one table, or a table for each line by name. log: the logarithmic axes, as in "xy".
+    circles: measured points, with the same columns. axis: draw there, with a legend.
+    """
+    if isinstance(table, dict):
+        table = pd.concat(table, names=[by]).reset_index(by)
+    table = table.dropna(subset=[x, y]).assign(**{y: lambda rows: rows[y] * scale})
+    style = names_and_colours(table[by].unique(), colours)
+    palette = {name: colour for name, (_, colour) in style.items()}
+    # The first line is the widest, so that one of equal values is seen below the next.
+    widths = dict(zip(style, np.linspace(3, 1.8, len(style)), strict=True))
+    alone = axis is None
+    axis = axis or plt.subplots(figsize=(6.6, 4.4))[1]
+    shape = {"errorbar": ("pi", 100), "marker": "o", "ms": 4, "mew": 0, "legend": False}
+    sns.lineplot(table, x=x, y=y, hue=by, palette=palette, size=by, sizes=widths, ax=axis, **shape)
+    if circles is not None:
+        shown = circles[circles[by].isin(palette)]
+        edges = shown[by].map(palette)
+        axis.scatter(shown[x], shown[y] * scale, 55, "none", edgecolors=edges, lw=1.6, zorder=3)
+    if "y" not in log and table[y].min() >= 0:
+        axis.set_ylim(bottom=0)
+    for direction in log:
+        _log_ticks(axis, direction)
+    _ticks_at(axis, table[x].unique(), "x" in log)
+    axis.set(xlabel=xlabel or x, ylabel=ylabel)
+    if title:
+        axis.set_title(title)
+    mean = table.groupby([by, x], sort=False)[y].mean().reset_index()
+    last = mean.sort_values(x).groupby(by, sort=False).tail(1)
+    if alone:
+        ends = [(row[x], row[y], *style[row[by]]) for _, row in last.iterrows()]
+        label(axis, ends, mean[[x, y]].to_numpy())
+    else:
+        for name, colour in style.values():
+            axis.plot([], [], color=colour, lw=2.4, label=name)
+        axis.legend(loc="upper left")
+    _note(axis.figure, note)
+    return axis.figure
+
+
+def scatter(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    by: str,
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    scale: float = 1,
+    log: str = "",
+    note: str = "",
+    colours: Sequence[str] = SERIES,
+) -> Figure:
+    """`y` times `scale` against `x`, a colour for each value of `by`.
+
+    Filled points, joined by a line: the Pareto front, which no other row beats in both.
+    """
+    table = table.dropna(subset=[x, y]).assign(**{y: lambda rows: rows[y] * scale})
+    style = names_and_colours(table[by].unique(), colours)
+    front = pareto_front(table, x, y)
+    figure, axis = plt.subplots(figsize=(6.6, 4.8))
+    axis.plot(front[x], front[y], color=GREY, lw=1.2, ls="--", zorder=1)
+    edges = table[by].map(lambda name: style[name][1])
+    inside = edges.where(table.index.isin(front.index), "white")
+    axis.scatter(table[x], table[y], 60, inside, edgecolors=edges, lw=1.7, zorder=3)
+    for direction in "xy":
+        if direction in log:
+            _log_ticks(axis, direction)
+        else:
+            axis.set(**{f"{direction}lim": (0, 1.15 * table[{"x": x, "y": y}[direction]].max())})
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if table[by].is_unique:
+        label(axis, [(row[x], row[y], *style[row[by]]) for _, row in table.iterrows()])
+    else:
+        for name, colour in style.values():
+            axis.scatter([], [], 60, colour, label=name)
+        axis.legend()
+    _note(figure, f"{note}; filled: no other is lower in both".removeprefix("; "))
+    return figure
+
+
+def pareto_front(
+    table: pd.DataFrame, x: str = "per_1000_images", y: str = "peak_bytes"
+) -> pd.DataFrame:
+    """The rows that no other beats in both `x` and `y`, the least `x` first."""
+    ordered = table.dropna(subset=[x, y]).sort_values([x, y])
+    best = ordered[y].astype(float).cummin().shift(fill_value=float("inf"))
+    return ordered[ordered[y] < best]
+
+
+def bars(
+    values: dict[str, float],
+    title: str,
+    xlabel: str,
+    colours: Sequence[str],
+    spreads: dict[str, float] | None = None,
+    form: str = "{:.2f}",
+) -> Figure:
+    """Horizontal bars with their numbers; spreads: standard deviations."""
+    figure, axis = plt.subplots(figsize=(7.2, 0.6 + 0.45 * len(values)))
+    errors = [(spreads or {}).get(name, 0) for name in values]
+    texts = [
+        form.format(value) + (f" ± {form.format(error)}" if error else "")
+        for value, error in zip(values.values(), errors, strict=True)
+    ]
+    shape = {"color": colours, "height": 0.62, "xerr": errors if any(errors) else None}
+    drawn = axis.barh(list(values), list(values.values()), **shape)
+    axis.bar_label(drawn, texts, padding=5, fontsize=10)
+    axis.invert_yaxis()
+    axis.grid(False)
+    axis.set(xlabel=xlabel, title=title, xlim=(0, 1.22 * max(values.values())))
+    return figure
+
+
+def breakdown(table: pd.DataFrame, *, title: str, note: str = "") -> Figure:
+    """What the peak is made of: one bar for each row of `table` (an arm), bytes by category."""
+    sizes = table[list(CATEGORIES)].astype(float) / MB
+    sizes.index = [ARMS[arm].title for arm in table.arm]
+    sizes.columns, colours = zip(*CATEGORIES.values(), strict=True)
+    figure, axis = plt.subplots(figsize=(8, 0.9 + 0.5 * len(table)))
+    sizes.plot.barh(stacked=True, color=colours, width=0.65, lw=0, legend=False, ax=axis)
+    totals = [f"{total:,.0f}" for total in sizes.sum(axis=1)]
+    axis.bar_label(axis.containers[-1], totals, padding=4, fontsize=9)
+    axis.margins(x=0.1)
+    axis.invert_yaxis()
+    axis.grid(False)
+    axis.set(xlabel="MB at the peak", ylabel="", title=title)
+    figure.legend(ncols=6, fontsize=8.5, loc="outside upper left", columnspacing=1, handlelength=1)
+    _note(figure, note)
+    return figure
+
+
+def timelines(
+    steps: dict[str, list[tuple[str, dict[str, int]]]], *, title: str, note: str = ""
+) -> Figure:
+    """Live bytes after each operation of a training step, by category; one panel for each arm."""
+    titles = [ARMS[arm].title for arm in steps]
+    figure, axes = panels(titles, title=title, size=(3.6, 3.8), note=note, sharey=True)
+    names, colours = zip(*CATEGORIES.values(), strict=True)
+    for axis, operations in zip(axes, steps.values(), strict=True):
+        sizes = pd.DataFrame([live for _, live in operations])[list(CATEGORIES)] / MB
+        shape = {"colors": colours, "labels": names, "lw": 0, "rasterized": True}
+        axis.stackplot(sizes.index + 1, sizes.T.to_numpy(), step="post", **shape)
+        total = sizes.sum(axis=1)
+        peak = int(total.argmax())
+        side = ("left", "center", "center", "right")[4 * peak // len(total)]
+        place = {"xytext": (0, 7), "textcoords": "offset points", "ha": side, "weight": "bold"}
+        axis.annotate(f"peak {total[peak]:,.0f} MB", (peak + 1, total[peak]), fontsize=9.5, **place)
+        axis.set(xlabel=f"operation, of {len(total):,}", xlim=(1, len(total)))
+        axis.margins(y=0.12)
+    axes[0].set_ylabel("live memory (MB)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    axes[-1].legend(handles[::-1], labels[::-1], loc="upper right")
+    return figure
+
+
+def agreement(table: pd.DataFrame, x: str, y: str, *, title: str, xlabel: str) -> Figure:
+    """Every measured peak `y` (bytes) against another one, `x`; a panel for each instrument."""
+    instruments = list(table.instrument.unique())
+    figure, axes = panels(instruments, title=title, size=(4.4, 4.2))
+    for axis, instrument in zip(axes, instruments, strict=True):
+        rows = table[table.instrument == instrument]
+        colours = [ARMS[arm].colour for arm in rows.arm]
+        axis.scatter(rows[x] / MB, rows[y] / MB, 42, colours, alpha=0.8)
+        low = rows[y].min() / MB
+        axis.axline((low, low), (2 * low, 2 * low), color=GREY, lw=1, ls="--", zorder=0)
+        for direction in "xy":
+            _log_ticks(axis, direction)
+        axis.set(xlabel=f"{xlabel} (MB)", ylabel="measured (MB)")
+    return figure
+
+
+def heat_map(
+    cells: pd.DataFrame,
+    *,
+    title: str,
+    label: str,
+    xlabel: str = "",
+    ylabel: str = "",
+    form: str = ".3g",
+    centre: float | None = None,
+    high: float | None = None,
+    note: str = "",
+) -> Figure:
+    """A number in each cell of two parameters, as `DataFrame.pivot_table` gives them.
+
+    A cell without a number is empty. label: what the numbers are. centre: the value that is neither
+    good nor bad. high: the end of the colours, which larger numbers share.
+    """
+    cells = cells.astype(float)
+    size = (max(5.4, 0.85 * len(cells.columns) + 2.4), max(3, 0.45 * len(cells) + 1.8))
+    figure, axis = plt.subplots(figsize=size)
+    limits = {"cmap": "cividis_r", "vmax": high}
+    if centre is not None:
+        reach = float((cells - centre).abs().max(axis=None)) or 1
+        limits = {"cmap": "PuOr_r", "vmin": centre - reach, "vmax": centre + reach}
+    sns.heatmap(
+        cells.rename(_in_words).rename(columns=_in_words),
+        annot=True,
+        fmt=form,
+        linewidths=0.5,
+        cbar_kws={"label": label, "extend": "max" if high else "neither"},
+        annot_kws={"fontsize": 9},
+        ax=axis,
+        **limits,
+    )
+    names = (xlabel or cells.columns.name or "", ylabel or cells.index.name or "")
+    axis.set(xlabel=names[0].replace("_", " "), ylabel=names[1].replace("_", " "), title=title)
+    axis.tick_params(rotation=0)
+    axis.grid(False)
+    _note(figure, note)
+    return figure
+
+
+def images(rows: torch.Tensor, shape: tuple[int, ...], titles: Sequence[str]) -> Figure:
+    """Images (N, pixels) side by side; shape: (height, width) or (channels, height, width)."""
+    figure, axes = plt.subplots(1, len(rows), figsize=(1.9 * len(rows), 2.3), squeeze=False)
+    for axis, row, title in zip(axes[0], rows, titles, strict=True):
+        _image(axis, row, shape)
+        axis.set_title(title, fontsize=10, loc="center", weight="normal")
+    return figure
+
+
+def label_goodness(
+    cases: Sequence[tuple[torch.Tensor, torch.Tensor, int]], shape: tuple[int, ...], title: str
+) -> Figure:
+    """Each case (image, goodness of each label, true label): the image beside a bar a label."""
+    figure, axes = plt.subplots(
+        1, 2 * len(cases), figsize=(5 * len(cases), 2.6), width_ratios=[1, 2.4] * len(cases)
+    )
+    for picture, axis, (image, found, true) in zip(axes[::2], axes[1::2], cases, strict=True):
+        _image(picture, image, shape)
+        chosen = int(found.argmax())
+        colours = [ORANGE if k == chosen else PALE_ORANGE for k in range(len(found))]
+        edges = ["black" if k == true else "none" for k in range(len(found))]
+        axis.bar(range(len(found)), found.cpu(), color=colours, edgecolor=edges, lw=1.5)
+        axis.set(xticks=range(len(found)), xlabel="label tried", ylabel="goodness")
+        verdict = "right" if chosen == true else "wrong"
+        name = f"chosen {chosen}, true {true} (framed): {verdict}"
+        axis.set_title(name, fontsize=10, weight="normal")
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
+    return figure
+
+
+def histograms(
+    cases: Sequence[tuple[str, torch.Tensor, torch.Tensor]],
+    theta: float | None,
+    title: str,
+    columns: int = 4,
+    share_x: bool = True,
+) -> Figure:
+    """Goodness of positive and negative samples; a panel for each (title, positive, negative)."""
+    titles = [name for name, *_ in cases]
+    figure, axes = panels(titles, title=title, columns=columns, sharex=share_x)
+    every = torch.cat([torch.cat(case[1:]) for case in cases]).cpu()
+    for axis, (_, positive, negative) in zip(axes, cases, strict=True):
+        seen = every if share_x else torch.cat([positive, negative]).cpu()
+        low = 0.0 if share_x else float(seen.quantile(0.002))
+        bins = np.linspace(low, float(seen.quantile(0.998)), 40)
+        axis.hist(positive.cpu(), bins, color=POSITIVE, alpha=0.65, label="positive")
+        axis.hist(negative.cpu(), bins, color=NEGATIVE, alpha=0.65, label="negative")
+        if theta is not None:
+            axis.axvline(theta, color=GREY, lw=1, ls="--", label=f"theta = {theta:g}")
+        axis.set(yticks=[], xlabel="goodness")
+    axes[0].set_ylabel("samples")
+    axes[min(columns, len(axes)) - 1].legend()
+    return figure
+
+
+def ranks(
+    measured: Sequence[Sequence[tuple[float, float]]],
+    computed: Sequence[Sequence[tuple[float, float, str]]],
+    *,
+    title: str,
+    note: str = "",
+) -> Figure:
+    """Work of each rank over time, in seconds: FF as measured, above backprop as computed.
+
+    measured: (start, end) of every batch on each rank. computed: (start, end, "forward" or
+    "backward") of every micro-batch. The first rank is at the bottom.
+    """
+    titles = ["Forward-Forward, measured: batches, by number"]
+    titles += ["backpropagation, computed from the same times: micro-batches of as many batches"]
+    size = (8, 0.8 + 0.45 * len(measured))
+    shared = {"sharex": True, "sharey": True}
+    figure, axes = panels(titles, title=title, columns=1, size=size, note=note, **shared)
+    colours = {"forward": BLUE, "backward": PALE_BLUE}
+    for rank, (batches, parts) in enumerate(zip(measured, computed, strict=True)):
+        spans = [(start, end - start) for start, end in batches]
+        axes[0].broken_barh(spans, (rank - 0.4, 0.8), facecolors=[ORANGE, PALE_ORANGE], lw=0)
+        for number, (start, width) in enumerate(spans, start=1):
+            place = {"ha": "center", "va": "center", "fontsize": 8}
+            axes[0].text(start + width / 2, rank, str(number), **place)
+        for kind, colour in colours.items():
+            spans = [(start, end - start) for start, end, name in parts if name == kind]
+            shape = {"facecolors": colour, "edgecolors": "white", "lw": 0.4}
+            axes[1].broken_barh(spans, (rank - 0.4, 0.8), label=kind if rank == 0 else "", **shape)
+    for axis in axes:
+        axis.set_yticks(range(len(measured)), [f"rank {rank}" for rank in range(len(measured))])
+        axis.grid(False)
+    axes[1].set_xlabel("seconds")
+    figure.legend(ncols=2, fontsize=8.5, loc="outside upper right")
+    return figure
+
+
+def _image(axis: plt.Axes, row: torch.Tensor, shape: tuple[int, ...]) -> None:
+    pixels = row.reshape(shape).cpu()
+    if len(shape) == 3:
+        pixels = pixels.permute(1, 2, 0).clamp(0, 1)
+    axis.imshow(pixels.numpy(), cmap="gray_r", vmin=0, vmax=float(row.max()) or 1)
+    axis.set(xticks=[], yticks=[])
+    sns.despine(ax=axis, left=True, bottom=True)
+    axis.grid(False)
+
+
+def _note(figure: Figure, text: str) -> None:
+    """Write below a figure what its numbers were measured with."""
+    if text:
+        y = -0.06 / figure.get_figheight()
+        figure.text(0.01, y, text, fontsize=8.5, color=GREY, va="top")
+
+
+def _log_ticks(axis: plt.Axes, direction: str) -> None:
+    """A logarithmic axis with a handful of labelled ticks, whatever its range."""
+    axis.set(**{f"{direction}scale": "log"})
+    ticks = getattr(axis, f"{direction}axis")
+    decades = np.log10(np.divide(*ticks.get_view_interval()[::-1]))
+    steps = (1, 1.5, 2, 3, 4, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
+    ticks.set_major_locator(matplotlib.ticker.LogLocator(subs=steps))
+    ticks.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: _in_words(value)))
+    ticks.set_minor_locator(matplotlib.ticker.NullLocator())
+
+
+def _ticks_at(axis: plt.Axes, values: np.ndarray, log: bool) -> None:
+    """Ticks at whole numbers only, and at the values themselves if these are few and apart."""
+    if not all(float(value).is_integer() for value in values):
+        return
+    values = np.sort(values)
+    apart = log or len(values) < 2 or np.diff(values).min() >= np.ptp(values) / 20
+    if len(values) <= 12 and apart:
+        axis.set_xticks(values, [f"{int(value):,}" for value in values])
+    elif not log:
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+
+
+def _in_words(value: object) -> str:
+    """A tick's text: 5,000 and 0.001, not 5e+03 and 1e-03."""
+    return f"{value:,g}" if isinstance(value, int | float) and abs(value) < 1e6 else str(value)
