@@ -1,7 +1,7 @@
 """Characters as classes: the next-character task, its n-gram baseline, perplexity, samples.
 
 Hinton, arXiv 2212.13345, section 3.4: 30 symbols, the next character from the ten before it;
-negatives that end in the network's own guess, or that it wrote by itself (`pairs.Rollouts`).
+negatives that end in the network's own guess, or that it wrote by itself (`Rollouts`).
 """
 
 import hashlib
@@ -10,20 +10,27 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import pandas as pd
 import torch
+from sklearn.model_selection import ParameterGrid
 from torch import nn
 
-from ff_utils import checks, networks, paths, training
-from ff_utils.datasets import Dataset
+from ff_utils.backprop import Backprop, mlp
+from ff_utils.config import FFConfig, TrainConfig
+from ff_utils.data import Dataset, test_batches
+from ff_utils.ff.network import ForwardForward
+from ff_utils.training import fit
+from ff_utils.utils import DATA, ROOT, check_choice, check_number
 
 SYMBOLS = "abcdefghijklmnopqrstuvwxyz ,;."
-FABLES = paths.DATA / "fables.txt"
+FABLES = DATA / "fables.txt"
+JOINED = FFConfig(label="joined")
 METHODS = ("hard", "rollout", "random", "backprop")
-Guess = Callable[[torch.Tensor], torch.Tensor]  # windows (rows, window * 30) -> logits (rows, 30)
+Classify = Callable[
+    [torch.Tensor], torch.Tensor
+]  # windows (rows, window * 30) -> logits (rows, 30)
 
 
 def clean(text: str) -> str:
@@ -43,8 +50,8 @@ def load_text(path: str = "", window: int = 10, held_out: float = 0.1) -> Datase
     path: a UTF-8 text file; empty for the built-in fables. Its last `held_out` part is the
         test set. Raises ValueError for a missing or unreadable file or a text too short.
     """
-    checks.number("window", window, 1, 100, whole=True)
-    checks.number("held_out", held_out, 0, 0.5, above=True)
+    check_number("window", window, 1, 100, whole=True)
+    check_number("held_out", held_out, 0, 0.5, above=True)
     source = Path(path) if path else FABLES
     try:
         text = clean(source.read_text(encoding="utf-8"))
@@ -74,7 +81,7 @@ def validation_part(data: Dataset, part: float = 1 / 9) -> Dataset:
 
     A random choice of windows would not do: nine of a window's characters are its neighbour's.
     """
-    checks.number("part", part, 0, 0.5, above=True)
+    check_number("part", part, 0, 0.5, above=True)
     size, window = round(part * len(data.train_labels)), data.shape[0]
     if not 0 < size < len(data.train_labels) - window:
         raise ValueError(
@@ -117,9 +124,9 @@ def perplexity(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return math.exp(float(nn.functional.cross_entropy(logits, labels)))
 
 
-def score(guess: Guess, data: Dataset) -> dict[str, float]:
-    """Perplexity and error of `guess` on `data`'s test text."""
-    logits = torch.cat([guess(images) for images, _ in training.test_batches(data)])
+def score(classify: Classify, data: Dataset) -> dict[str, float]:
+    """Perplexity and error of `classify` on `data`'s test text."""
+    logits = torch.cat([classify(images) for images, _ in test_batches(data)])
     wrong = (logits.argmax(1) != data.test_labels).float().mean()
     return {"perplexity": perplexity(logits, data.test_labels), "error": float(wrong)}
 
@@ -133,7 +140,7 @@ class NGram:
     """
 
     def __init__(self, codes: torch.Tensor, order: int) -> None:
-        checks.number("order", order, 1, 20, whole=True)
+        check_number("order", order, 1, 20, whole=True)
         self.order = order
         text = decode(codes)
         self.followers: dict[str, Counter] = {}
@@ -164,69 +171,58 @@ class NGram:
 
 
 def generate(
-    guess: Guess,
+    classify: Classify,
     start: str,
     length: int,
     window: int,
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> str:
-    """`length` characters after `start`, drawn one by one from guess((1, window * 30)) logits."""
+    """`length` characters after `start`, drawn one by one from the logits of `classify`."""
     generator = torch.Generator().manual_seed(seed)
     codes = encode(start.rjust(window))
     for _ in range(length):
         row = nn.functional.one_hot(codes[-window:], len(SYMBOLS)).flatten()[None].float()
-        drawn = torch.multinomial(guess(row.to(device)).softmax(1)[0].cpu(), 1, generator=generator)
+        drawn = torch.multinomial(
+            classify(row.to(device)).softmax(1)[0].cpu(), 1, generator=generator
+        )
         codes = torch.cat([codes, drawn])
     return decode(codes[-length:])
-
-
-def diary(guess: Guess, data: Dataset, start: str) -> Callable[[], dict]:
-    """A function to call after each epoch: perplexity on `data`'s test text, and forty characters
-    that `guess` writes after `start`."""
-
-    def write() -> dict:
-        sample = generate(guess, start, 40, data.shape[0], device=data.test_images.device)
-        return {"perplexity": score(guess, data)["perplexity"], "sample": sample}
-
-    return write
 
 
 def train(
     method: str,
     data: Dataset,
     hidden: list[int],
+    train_config: TrainConfig,
     *,
-    choices: dict | None = None,
-    seed: int = 0,
+    config: FFConfig = JOINED,
     start: str = "the fox said ",
-    **course: object,
-) -> tuple[Guess, pd.DataFrame]:
-    """A network that has learned what comes next: its guess, and its history, a row an epoch,
-    with perplexity and error on `data`'s test text and what it writes after `start`.
+    checkpoint: str | Path | None = None,
+    quiet: bool = False,
+) -> tuple[Classify, pd.DataFrame]:
+    """Train a network to predict the next character; returns its logits and its history.
 
-    method: "backprop", or the negatives that FF learns from: "hard", "rollout" or "random".
-    choices: of `ForwardForward`; course: of `training.fit`.
+    method: "backprop", or the negatives of FF: "hard", "rollout" or "random".
+    config: of FF's network. Backprop's starts from the seed of `train_config`.
+    The history is `fit`'s, with the perplexity on `data`'s test text, and forty characters that
+    the network writes after `start`.
     """
-    checks.one_of("method", method, METHODS)
-    given = {"seed": seed, "device": data.train_images.device}
+    check_choice("method", method, METHODS)
+    sizes, device = (data.pixels, data.classes, hidden), data.train_images.device
     if method == "backprop":
-        network = networks.backprop_network(data.pixels, data.classes, hidden, **given)
-        guess = torch.no_grad()(network.forward)
-        note = diary(guess, data, start)
-        history = training.train_backprop(network, data, after_epoch=note, seed=seed, **course)
-        return guess, history
-    given |= {"label": "joined", **(choices or {})}
-    network = networks.ForwardForward(data.pixels, data.classes, hidden, **given)
-    history = training.train_forward_forward(
-        network,
-        data,
-        negatives=method,
-        after_epoch=diary(network.guess, data, start),
-        seed=seed,
-        **course,
-    )
-    return network.guess, history
+        network = Backprop(mlp(*sizes, seed=train_config.seed, device=device))
+        classify = torch.no_grad()(network.forward)
+    else:
+        network = ForwardForward(*sizes, config, device=device)
+        train_config, classify = replace(train_config, negatives=method), network.classify
+
+    def note() -> dict:
+        sample = generate(classify, start, 40, data.shape[0], device=device)
+        return {"perplexity": score(classify, data)["perplexity"], "sample": sample}
+
+    kept = {"checkpoint": checkpoint, "note": note, "quiet": quiet}
+    return classify, fit(network, data, train_config, **kept)
 
 
 def choose(
@@ -234,26 +230,29 @@ def choose(
     data: Dataset,
     hidden: list[int],
     grid: dict[str, list],
+    train_config: TrainConfig,
     *,
     checkpoints: str = "",
     **settings: object,
-) -> tuple[Guess, pd.DataFrame, pd.DataFrame]:
-    """Train with every combination of a grid's values: guess and history of the network that ends
-    with the lowest perplexity on `data`'s test text, which must be a validation part.
+) -> tuple[Classify, pd.DataFrame, pd.DataFrame]:
+    """Train with every combination of a grid's values and keep the lowest final perplexity on
+    `data`'s test text, which must be a validation part.
 
-    grid: of settings of `train`, each with the values to try. settings: the others.
+    grid: fields of `TrainConfig`, each with the values to try. settings: more of `train`'s.
     checkpoints: a folder below the repository's in which each run saves itself and goes on; empty
         for none.
-    The third thing returned is a table, a row a run: method, the grid's, perplexity, error.
+    Returns the best network's logits and history, and a table with one row a run: method, the
+    grid's fields, perplexity, error.
     """
     best, rows = None, []
-    for values in product(*grid.values()):
-        name = "-".join(["language", method, *map(str, values)])
-        place = paths.ROOT / checkpoints / f"{name}.pt" if checkpoints else None
-        tried = dict(zip(grid, values, strict=True))
-        guess, history = train(method, data, hidden, checkpoint=place, **tried, **settings)
+    for tried in ParameterGrid(grid):
+        values = {name: tried[name] for name in grid}
+        name = "-".join(["language", method, *map(str, values.values())])
+        place = ROOT / checkpoints / f"{name}.pt" if checkpoints else None
+        run_config = replace(train_config, **values)
+        classify, history = train(method, data, hidden, run_config, checkpoint=place, **settings)
         end = history.iloc[-1]
-        rows.append({"method": method, **tried, "perplexity": end.perplexity, "error": end.error})
+        rows.append({"method": method, **values, "perplexity": end.perplexity, "error": end.error})
         if best is None or end.perplexity < best[1].perplexity.iloc[-1]:
-            best = guess, history
+            best = classify, history
     return *best, pd.DataFrame(rows)

@@ -1,9 +1,18 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from ff_utils import datasets, language, networks, pairs, training
+from ff_utils import language
+from ff_utils.config import FFConfig, TrainConfig
+from ff_utils.data import load_dataset
+from ff_utils.ff.negatives import Rollouts, sample_classes
+from ff_utils.ff.network import ForwardForward
+from ff_utils.training import fit
+
+CONFIG = FFConfig(label="joined", label_scale=2.0, threshold=1.0, sharpness=10.0)
+TRAIN = TrainConfig(epochs=3, batch_size=20, learning_rate=0.005)
 
 
 def test_cleaning_keeps_words_apart_and_uses_thirty_symbols():
@@ -83,9 +92,6 @@ def saying(tmp_path_factory):
     return language.load_text(str(path))
 
 
-COURSE = {"epochs": 3, "batch_size": 20, "learning_rate": 0.005, "quiet": True}
-
-
 def test_the_validation_part_is_the_end_of_the_training_text_and_shares_no_character_with_it():
     data = language.load_text()
     part = language.validation_part(data)
@@ -103,7 +109,7 @@ def after_the_last(rows):
 
 
 def test_rollouts_go_on_with_what_the_network_wrote_and_begin_anew_with_real_windows(saying):
-    rollouts, generator = pairs.Rollouts(saying, 6, 4), torch.Generator().manual_seed(0)
+    rollouts, generator = Rollouts(saying, 6, 4), torch.Generator().manual_seed(0)
     images = saying.train_images[100:106]
     before = language.decode(rollouts.windows[0].view(10, 30).argmax(1))
     for step in range(9):
@@ -123,7 +129,7 @@ def test_rollouts_go_on_with_what_the_network_wrote_and_begin_anew_with_real_win
 
 
 def test_a_short_batch_lets_only_as_many_streams_write(saying):
-    rollouts, generator = pairs.Rollouts(saying, 6, 50), torch.Generator().manual_seed(0)
+    rollouts, generator = Rollouts(saying, 6, 50), torch.Generator().manual_seed(0)
     still = rollouts.windows[4:].clone()
     windows, after = rollouts.write(after_the_last, saying.train_images[:4], generator)
     assert windows.shape == (4, 300) and after.shape == (4,)
@@ -133,91 +139,60 @@ def test_a_short_batch_lets_only_as_many_streams_write(saying):
 
 def test_what_streams_write_has_the_probabilities_of_the_guess():
     asked = torch.tensor([[0.1, 0.2, 0.0, 0.7]]).expand(20_000, 4)
-    found = pairs.drawn(asked, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20_000
+    found = sample_classes(asked, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20_000
     assert found.tolist() == pytest.approx([0.1, 0.2, 0.0, 0.7], abs=0.015)
 
 
 def test_a_rollout_step_is_the_networks_own_step_on_real_and_written_rows(saying):
-    one, other = (networks.ForwardForward(300, 30, [20, 20], label="joined") for _ in range(2))
+    one, other = (ForwardForward(300, 30, [20, 20], CONFIG) for _ in range(2))
     images, labels = saying.train_images[50:58], saying.train_labels[50:58]
-    rollouts, twin = (pairs.Rollouts(saying, 8, 5) for _ in range(2))
+    config = replace(TRAIN, batch_size=8, negatives="rollout", rollout_length=5)
+    one.start_training(saying, config)
+    twin = Rollouts(saying, 8, 5)
     draws = [torch.Generator().manual_seed(1) for _ in range(2)]
     for _ in range(3):
-        found = training.forward_forward_step(one, None, images, labels, 0.01, draws[0], rollouts)
-        neutral = other(other.inputs(images, None))
+        found = one.train_batch(images, labels, 0.01, draws[0], config)
+        neutral = other(other.encode(images, None))
         other.softmax.step(neutral, other.softmax(neutral), labels, 0.01)
-        windows, written = twin.write(other.guess, images, draws[1])
-        rows = other.inputs(torch.cat([images, windows]), torch.cat([labels, written]))
+        windows, written = twin.write(other.classify, images, draws[1])
+        rows = other.encode(torch.cat([images, windows]), torch.cat([labels, written]))
         losses = other.step(rows, 8, 0.01)
         assert torch.allclose(losses, torch.stack([found["loss_1"], found["loss_2"]]), atol=1e-5)
-    assert torch.equal(rollouts.windows, twin.windows)
 
 
 @pytest.mark.parametrize("method", language.METHODS)
 def test_every_method_learns_what_comes_next(saying, method):
-    choices = {"label_scale": 2.0, "theta": 1.0, "scale": 10.0}
-    guess, history = language.train(method, saying, [60, 60], choices=choices, **COURSE)
-    found = language.score(guess, saying)
+    classify, history = language.train(method, saying, [60, 60], TRAIN, config=CONFIG, quiet=True)
+    found = language.score(classify, saying)
     assert found["perplexity"] < 1.5 and found["error"] == 0
     assert found["perplexity"] == pytest.approx(history.perplexity.iloc[-1])
     assert history.perplexity.is_monotonic_decreasing and (history["sample"].str.len() == 40).all()
-    start = "the cat sat "
-    assert language.generate(guess, start, 8, 10) == "on a mat"
+    assert language.generate(classify, "the cat sat ", 8, 10) == "on a mat"
 
 
-def test_streams_resume_to_the_bits_of_an_unbroken_run(saying, tmp_path):
-    some = saying.subset(200)
-    settings = {**COURSE, "negatives": "rollout", "rollout_length": 7, "epochs": 2}
-
-    def make():
-        return networks.ForwardForward(300, 30, [20], label="joined")
-
-    def interrupt(write=training.Checkpoint.save):
-        def save(checkpoint, rows):
-            write(checkpoint, rows)
-            raise KeyboardInterrupt
-
-        return save
-
-    whole, broken, resumed, path = make(), make(), make(), tmp_path / "run.pt"
-    training.train_forward_forward(whole, some, **settings)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training.Checkpoint, "save", interrupt())
-        training.train_forward_forward(broken, some, **settings, checkpoint=path)
-    training.train_forward_forward(resumed, some, **settings, checkpoint=path)
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], tensor), name
-    with pytest.raises(ValueError, match="of a run whose rollout_length is 7, not 8"):
-        training.train_forward_forward(
-            make(), some, **settings | {"rollout_length": 8}, checkpoint=path
-        )
-
-
-def test_the_course_that_ends_best_on_the_validation_text_is_chosen(saying, tmp_path):
+def test_the_settings_that_end_best_on_the_validation_text_are_chosen(saying, tmp_path):
     part = language.validation_part(saying)
-    settings = {"batch_size": 20, "quiet": True, "checkpoints": str(tmp_path)}
-    rates, epochs = [1e-5, 0.005], [1, 2]
-    grid = {"epochs": epochs, "learning_rate": rates}
-    guess, history, runs = language.choose("backprop", part, [30], grid, **settings)
+    grid = {"learning_rate": [1e-5, 0.005], "epochs": [1, 2]}
+    given = ("backprop", part, [30], grid, TRAIN)
+    classify, history, runs = language.choose(*given, checkpoints=str(tmp_path), quiet=True)
+    assert list(runs) == ["method", *grid, "perplexity", "error"]
     tried = set(zip(runs.epochs, runs.learning_rate, strict=True))
-    assert tried == {(count, rate) for count in epochs for rate in rates}
+    assert tried == {(count, rate) for count in (1, 2) for rate in (1e-5, 0.005)}
     best = runs.loc[runs.perplexity.idxmin()]
     assert best.learning_rate == 0.005 and len(history) == best.epochs == 2
-    assert language.score(guess, part)["perplexity"] == pytest.approx(best.perplexity)
+    assert language.score(classify, part)["perplexity"] == pytest.approx(best.perplexity)
     assert len(list(tmp_path.iterdir())) == 4
-    again = language.choose("backprop", part, [30], grid, **settings)
-    assert torch.equal(again[0](part.test_images), guess(part.test_images))
+    again, *_ = language.choose(*given, checkpoints=str(tmp_path), quiet=True)
+    assert torch.equal(again(part.test_images), classify(part.test_images))
 
 
 def test_what_is_no_text_has_no_rollouts_and_bad_settings_are_named(saying):
-    digits = datasets.load("digits")
-    network = networks.ForwardForward(digits.pixels, 10, [20])
+    digits = load_dataset("digits")
+    rollout = replace(TRAIN, negatives="rollout")
     with pytest.raises(ValueError, match="negatives is 'rollout' and digits is no text: give 'ha"):
-        training.train_forward_forward(network, digits, negatives="rollout", **COURSE)
-    with pytest.raises(ValueError, match="rollout_length is 0; give a whole number"):
-        language.train("rollout", saying, [20], rollout_length=0, **COURSE)
+        fit(ForwardForward(digits.pixels, 10, [20]), digits, rollout)
     with pytest.raises(ValueError, match="method is 'easy'; choose one of: hard, rollout, random"):
-        language.train("easy", saying, [20], **COURSE)
+        language.train("easy", saying, [20], TRAIN)
     with pytest.raises(ValueError, match="saying has 12 windows to train on: too few"):
         language.validation_part(saying.subset(12), 0.5)
 
@@ -225,7 +200,7 @@ def test_what_is_no_text_has_no_rollouts_and_bad_settings_are_named(saying):
 def test_bad_texts_are_refused(tmp_path):
     (tmp_path / "one.txt").write_text("a" * 2000)
     with pytest.raises(ValueError, match="one has one class only; give data with at least two"):
-        language.train("hard", language.load_text(str(tmp_path / "one.txt")), [20], **COURSE)
+        language.train("hard", language.load_text(str(tmp_path / "one.txt")), [20], TRAIN)
     (tmp_path / "japanese.txt").write_text("\u72d0\u3068\u8461\u8404" * 1000)
     with pytest.raises(ValueError, match="with 0 of the 30 symbols; give at least 1000"):
         language.load_text(str(tmp_path / "japanese.txt"))

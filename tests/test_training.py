@@ -1,204 +1,233 @@
 import itertools
+import sys
+from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 
-from ff_utils import datasets, local_fields, networks, pairs, recurrent, training, unsupervised
+from ff_utils import language, training
+from ff_utils.backprop import Backprop, mlp
+from ff_utils.config import FFConfig, LocalConfig, RecurrentConfig, TrainConfig
+from ff_utils.data import load_dataset
+from ff_utils.ff.local import LocalForwardForward
+from ff_utils.ff.network import ForwardForward
+from ff_utils.ff.recurrent import RecurrentForwardForward
+from ff_utils.training import Checkpoint, error_rate, fit, fit_greedy_cached, goodness_errors
+
+FF = FFConfig(label_scale=4.0, threshold=1.0, sharpness=30.0)
+TRAIN = TrainConfig(epochs=2, batch_size=50, learning_rate=0.003)
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return datasets.load("digits")
+    return load_dataset("digits")
 
 
-def make(data, hidden=(100, 100), **settings):
-    settings = {"label_scale": 4.0, "theta": 1.0, "scale": 30.0} | settings
-    return networks.ForwardForward(data.pixels, data.classes, list(hidden), **settings)
+@pytest.fixture(scope="module")
+def few(digits):
+    return digits.subset(200, 100)
 
 
-def train(network, data, **settings):
-    settings = {"epochs": 3, "batch_size": 50, "learning_rate": 0.003, "quiet": True} | settings
-    return training.train_forward_forward(network, data, **settings)
+def make(data, hidden=(100, 100), **changes):
+    return ForwardForward(data.pixels, data.classes, list(hidden), replace(FF, **changes))
+
+
+def train(network, data, note=dict, checkpoint=None, **changes):
+    config = replace(TRAIN, **changes)
+    return fit(network, data, config, note=note, checkpoint=checkpoint, quiet=True)
+
+
+def unsupervised(data):
+    return make(data, hidden=[30, 30], label="none", label_scale=1.0, first_read=2)
+
+
+def local(data):
+    config = LocalConfig(label_scale=4.0)
+    return LocalForwardForward(data.shape, data.classes, [[4, 2, 5], [2, 1, 8]], config)
+
+
+def recurrent(data):
+    return RecurrentForwardForward(data.pixels, data.classes, [30], RecurrentConfig())
+
+
+def backprop(data, **remedies):
+    return Backprop(mlp(data.pixels, data.classes, [50, 50]), **remedies)
+
+
+def in_backward(data):
+    return backprop(data, optimizer_in_backward=True)
+
+
+FORMS = [make, local, recurrent, unsupervised, backprop, in_backward]
+
+
+def same_state(one, other):
+    states = one.state_dict(), other.state_dict()
+    return all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
 
 
 @pytest.mark.parametrize(
-    ("schedule", "negatives"), list(itertools.product(training.SCHEDULES, pairs.NEGATIVES))
+    ("schedule", "negatives"), list(itertools.product(["joint", "layerwise"], ["random", "hard"]))
 )
-def test_forward_forward_learns_digits_in_every_schedule(digits, schedule, negatives):
+def test_fit_learns_digits_in_every_schedule(digits, schedule, negatives):
     network = make(digits)
-    history = train(network, digits, epochs=10, schedule=schedule, negatives=negatives)
-    assert len(history) == (10 if schedule == "joint" else 20)
-    assert history.error.iloc[-1] < 0.07
-    assert training.goodness_errors(network, digits)[-1] < 0.15
+    history = train(network, digits, epochs=8, schedule=schedule, negatives=negatives)
+    assert len(history) == (8 if schedule == "joint" else 16)
+    assert history.error.iloc[-1] == error_rate(network, digits) < 0.08
+    shown = network.predict(digits.test_images, by="softmax")
+    assert history.error.iloc[-1] == pytest.approx((shown != digits.test_labels).float().mean())
+    by_goodness = error_rate(network, digits, "goodness")
+    assert goodness_errors(network, digits)[-1] == pytest.approx(by_goodness) and by_goodness < 0.15
 
 
-def test_forward_forward_learns_real_images(data):
-    part = data.subset(min(10_000, len(data.train_labels)))
-    network = make(part, hidden=(300, 300))
-    history = train(network, part, epochs=4, learning_rate=0.001)
-    assert history.error.iloc[-1] < 0.1
-    shown = network.predict(part.test_images, by="softmax")
-    assert (shown != part.test_labels).float().mean().item() == pytest.approx(
-        history.error.iloc[-1]
-    )
-
-
-def test_the_seeds_choices_learn_too(digits):
-    network = make(
-        digits, label="joined", normalisation="length", theta=2.0, scale=1.0, label_scale=1.0
-    )
+def test_fit_with_the_seeds_choices_learns_too(digits):
+    seeds = {"label": "joined", "normalisation": "length", "threshold": 2.0, "sharpness": 1.0}
+    network = make(digits, **seeds, label_scale=1.0)
     train(
         network, digits, epochs=30, learning_rate=0.03, schedule="layerwise",
         negatives="random", decay="none",
     )  # fmt: skip
-    assert training.goodness_errors(network, digits)[-1] < 0.25
+    assert goodness_errors(network, digits)[-1] < 0.25
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_does_not(digits):
-    networks_ = [make(digits, seed=s) for s in (1, 1, 2)]
-    for network, seed in zip(networks_, (1, 1, 2), strict=True):
-        train(network, digits, epochs=1, seed=seed)
-    one, same, other = (n.layers[1].weight for n in networks_)
-    assert torch.equal(one, same) and not torch.equal(one, other)
+def test_fit_by_backprop_learns_and_frees_its_gradients(digits):
+    network = backprop(digits)
+    history = train(network, digits, epochs=8, learning_rate=0.002)
+    assert history.error.iloc[-1] == error_rate(network, digits) < 0.08
+    assert error_rate(network.network, digits) == error_rate(network, digits)
+    assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_layerwise_training_leaves_finished_layers_alone(digits):
-    network, weights = make(digits), []
+def test_error_rate_at_a_depth_reads_the_layers_below_alone(few):
+    network = make(few)
+    train(network, few)
+    network.softmax.weight[:, 100:] = 0
+    of_first = error_rate(network, few)
+    network.layers[1].weight.fill_(torch.nan)
+    assert error_rate(network, few, depth=1) == of_first != error_rate(network, few)
+
+
+def test_fit_gives_the_same_bits_for_a_seed_and_others_for_another(few):
+    networks = [make(few, seed=seed) for seed in (1, 1, 2)]
+    for network, seed in zip(networks, (1, 1, 2), strict=True):
+        train(network, few, epochs=1, seed=seed)
+    assert same_state(networks[0], networks[1]) and not same_state(networks[0], networks[2])
+
+
+def test_layerwise_training_leaves_finished_layers_alone(few):
+    network, weights = make(few), []
 
     def remember():
         weights.append(network.layers[0].weight.clone())
         return {"seen": len(weights)}
 
-    history = train(network, digits, epochs=2, schedule="layerwise", after_epoch=remember)
+    history = train(network, few, schedule="layerwise", note=remember)
     assert history.stage.tolist() == [0, 0, 1, 1] and history.seen.tolist() == [1, 2, 3, 4]
     assert not torch.equal(weights[0], weights[1])
     assert torch.equal(weights[1], weights[3])
 
 
-@pytest.mark.parametrize("schedule", training.SCHEDULES)
-def test_a_broken_run_resumes_to_the_bits_of_an_unbroken_one(digits, tmp_path, schedule):
-    whole, broken = make(digits), make(digits)
-    settings = {"epochs": 2, "schedule": schedule, "jitter": 1}
-    expected = train(whole, digits, **settings)
-    stop_after = iter((None, KeyboardInterrupt()))
+@pytest.mark.parametrize("form", [*FORMS, "layerwise", "rollout"])
+def test_a_broken_run_resumes_to_the_bits_of_an_unbroken_one(few, tmp_path, form):
+    data, changes = few, {"random_shift": 1, "dropout": 0.1}
+    if form == "layerwise":
+        form, changes = make, {"schedule": form}
+    if form == "rollout":
+        data, changes = language.load_text().subset(300, 100), {"negatives": form}
+        changes["rollout_length"] = 7
 
-    def interrupt():
-        if found := next(stop_after):
-            raise found
-        return {}
+        def form(data):
+            return make(data, hidden=[20], label="joined")
 
+    whole, resumed = form(data), form(data)
+    expected = train(whole, data, **changes)
+    notes = iter([{}] * (len(expected) - 1))  # the run breaks off in its last epoch
     path = tmp_path / "run.pt"
-    with pytest.raises(KeyboardInterrupt):
-        train(broken, digits, **settings, checkpoint=path, after_epoch=interrupt)
-    resumed = make(digits)
-    found = train(resumed, digits, **settings, checkpoint=path)
-    assert found.drop(columns="seconds").equals(expected.drop(columns="seconds"))
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], tensor), name
-    again = train(make(digits), digits, **settings, checkpoint=path)
-    assert again.equals(found)
+    with pytest.raises(StopIteration):
+        train(form(data), data, note=lambda: next(notes), checkpoint=path, **changes)
+    found = train(resumed, data, checkpoint=path, **changes)
+    pd.testing.assert_frame_equal(found.drop(columns="seconds"), expected.drop(columns="seconds"))
+    assert same_state(whole, resumed)
+    again = train(form(data), data, checkpoint=path, **changes)
+    pd.testing.assert_frame_equal(again, found)
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
 
 
-def test_backprop_resumes_to_the_same_bits_too(digits, tmp_path):
-    settings = {"epochs": 2, "batch_size": 50, "learning_rate": 0.002, "quiet": True}
-    whole, broken, resumed = (networks.backprop_network(digits.pixels, 10, [50]) for _ in range(3))
-    training.train_backprop(whole, digits, **settings)
-    path, write = tmp_path / "run.pt", training.Checkpoint.save
-
-    def save_one_epoch(checkpoint, rows):
-        write(checkpoint, rows)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training.Checkpoint, "save", save_one_epoch)
-        training.train_backprop(broken, digits, **settings, checkpoint=path)
-    training.train_backprop(resumed, digits, **settings, checkpoint=path)
-    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_a_checkpoint_of_another_run_or_not_whole_is_refused(digits, tmp_path):
+def test_checkpoint_of_another_run_or_not_whole_is_refused(few, tmp_path):
     path = tmp_path / "run.pt"
-    train(make(digits), digits, epochs=1, checkpoint=path)
+    train(make(few), few, epochs=1, checkpoint=path)
     with pytest.raises(ValueError, match=r"run.pt is of a run whose epochs is 1, not 2: delete"):
-        train(make(digits), digits, epochs=2, checkpoint=path)
-    with pytest.raises(ValueError, match=r"of a run whose network is .*'theta': 1.0.*, not .*2.0"):
-        train(make(digits, theta=2.0), digits, epochs=1, checkpoint=path)
+        train(make(few), few, epochs=2, checkpoint=path)
+    with pytest.raises(ValueError, match=r"of a run whose network.threshold is 1.0, not 2.0"):
+        train(make(few, threshold=2.0), few, epochs=1, checkpoint=path)
+    with pytest.raises(ValueError, match=r"of a run whose images is 200, not 100"):
+        train(make(few), few.subset(100, 100), epochs=1, checkpoint=path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"run.pt is not a whole checkpoint: delete it"):
-        train(make(digits), digits, epochs=1, checkpoint=path)
+        train(make(few), few, epochs=1, checkpoint=path)
 
 
-def test_a_full_disk_leaves_the_last_whole_checkpoint(digits, tmp_path, monkeypatch):
+def test_checkpoint_survives_a_full_disk(few, tmp_path, monkeypatch):
     path = tmp_path / "run.pt"
-    train(make(digits), digits, epochs=1, checkpoint=path)
-    kept = path.read_bytes()
+    train(make(few), few, epochs=1, checkpoint=path)
+    before = path.read_bytes()
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    network = make(digits)
-    saved = training.Checkpoint(path, network, [], torch.Generator(), {})
     with pytest.raises(OSError, match=r"No space left.*make room .* is still there"):
-        saved.save([])
-    assert path.read_bytes() == kept and len(list(tmp_path.iterdir())) == 1
+        Checkpoint(path, make(few), torch.Generator(), {}).save([])
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
-def test_jitter_shifts_each_image_by_up_to_as_many_pixels():
+def test_random_shift_moves_each_image_by_up_to_as_many_pixels():
     generator = torch.Generator().manual_seed(0)
     image = torch.zeros(3, 5, 6)
     image[:, 2, 3] = torch.tensor([1.0, 2.0, 3.0])
     rows = image.flatten().repeat(400, 1)
-    moved = training.shifted(rows, (3, 5, 6), 2, generator).view(400, 3, 5, 6)
+    moved = training.random_shift(rows, (3, 5, 6), 2, generator).view(400, 3, 5, 6)
     assert torch.equal(moved.sum((2, 3)), torch.tensor([1.0, 2.0, 3.0]).expand(400, 3))
     places = {tuple(p.tolist()) for p in (moved[:, 0] > 0).nonzero()[:, 1:]}
     assert places == set(itertools.product(range(5), range(1, 6)))
 
 
-def local(data):
-    fields = [[4, 2, 5], [2, 1, 8]]
-    return local_fields.LocalForwardForward(data.shape, data.classes, fields, label_scale=4.0)
+@pytest.mark.parametrize("form", FORMS)
+def test_dropout_meets_every_image_once_an_epoch(few, monkeypatch, form):
+    met, stages = [], len(form(few).start_training(few, TRAIN))
 
+    def noted(drop):
+        def drop_pixels(images, *rest):
+            met.append(drop(images, *rest))
+            return met[-1]
 
-@pytest.mark.parametrize(
-    ("build", "learn", "times"),
-    [
-        (make, training.train_forward_forward, 1),
-        (local, training.train_forward_forward, 1),
-        (
-            lambda data: recurrent.RecurrentForwardForward(64, 10, [50]),
-            recurrent.train_recurrent,
-            1,
-        ),
-        (lambda data: make(data, label="none"), unsupervised.train_unsupervised, 2),
-        (lambda data: networks.backprop_network(64, 10, [50]), training.train_backprop, 1),
-    ],
-)
-def test_dropout_meets_every_image_once_an_epoch(digits, monkeypatch, build, learn, times):
-    part, met, drop = digits.subset(200), [], pairs.dropped
+        return drop_pixels
 
-    def note(images, *rest):
-        met.append(drop(images, *rest))
-        return met[-1]
-
-    monkeypatch.setattr(pairs, "dropped", note)
-    course = {"epochs": 1, "batch_size": 50, "learning_rate": 0.001, "quiet": True}
-    history = [learn(build(part), part, dropout=share, **course) for share in (0.0, 0.5)]
-    assert sum(map(len, met)) == times * 200
+    for name, module in list(sys.modules.items()):
+        if name.startswith("ff_utils.") and hasattr(module, "drop_pixels"):
+            monkeypatch.setattr(module, "drop_pixels", noted(module.drop_pixels))
+    history = [train(form(few), few, epochs=1, dropout=share) for share in (0.0, 0.5)]
+    assert sum(map(len, met)) == stages * len(few.train_labels)
     assert all(images.count_nonzero() < 0.6 * images.numel() for images in met)
     assert not history[0].filter(like="loss").equals(history[1].filter(like="loss"))
 
 
-def test_a_layer_that_answers_to_nothing_stops_training(digits):
-    network = make(digits)
+def test_a_dead_layer_stops_training(few):
+    network = make(few)
     network.layers[1].bias.fill_(-100.0)
-    with pytest.raises(FloatingPointError, match="layer 2 is dead in epoch 1, no unit of it"):
-        train(network, digits, learning_rate=1e-6)
+    with pytest.raises(FloatingPointError, match="layer 2 is dead in epoch 1"):
+        train(network, few, learning_rate=1e-6)
 
 
-def test_every_image_is_seen_once_an_epoch_in_a_new_order(digits):
+def test_a_loss_that_is_not_finite_stops_training_with_layer_epoch_and_remedy(few):
+    network = make(few)
+    network.layers[1].weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"layer 2 is nan in epoch 1; lower learning_rate"):
+        train(network, few)
+
+
+def test_batches_hold_every_image_once_an_epoch_in_a_new_order(digits):
     generator = torch.Generator().manual_seed(0)
     epochs = [list(training.batches(digits, 64, generator)) for _ in range(2)]
     sums = [torch.cat([images for images, _ in e]).sum(1) for e in epochs]
@@ -207,61 +236,96 @@ def test_every_image_is_seen_once_an_epoch_in_a_new_order(digits):
     assert torch.equal(sums[0].sort().values, sums[1].sort().values)
 
 
-def test_the_learning_rate_falls_to_zero_over_the_second_half():
-    rates = [training._decayed(step / 10, "linear") for step in range(11)]
+def test_decay_takes_the_learning_rate_to_zero_over_the_second_half():
+    rates = [training.decay_factor(step / 10, "linear") for step in range(11)]
     assert rates[:6] == [1.0] * 6 and rates[-1] == 0
     assert rates[5:] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
-    assert training._decayed(0.9, "none") == 1
+    assert training.decay_factor(0.9, "none") == 1
 
 
-def test_guessing_for_a_share_of_the_batches_teaches_nearly_as_well(digits):
+def test_updating_the_classifier_for_half_of_the_batches_teaches_nearly_as_well(digits):
     network = make(digits)
-    history = train(network, digits, epochs=10, guess_share=0.5)
-    assert history.error.iloc[-1] < 0.07
+    history = train(network, digits, epochs=8, classifier_update_prob=0.5)
+    assert history.error.iloc[-1] < 0.08
     confusion = network.softmax.confusion
     assert torch.allclose(confusion.sum(1), torch.ones(10), atol=1e-4)
     assert (confusion.argmax(1) == torch.arange(10)).all()
-    with pytest.raises(ValueError, match="guess_share is 0; give a number above 0 and at most 1"):
-        train(network, digits, guess_share=0)
-
-
-def test_backprop_learns_and_frees_its_gradients(digits):
-    network = networks.backprop_network(digits.pixels, 10, [100, 100])
-    history = training.train_backprop(
-        network, digits, epochs=8, batch_size=50, learning_rate=0.002, quiet=True
-    )
-    assert history.error.iloc[-1] < 0.06
-    assert all(parameter.grad is None for parameter in network.parameters())
-
-
-def test_a_loss_that_runs_away_stops_training_with_layer_epoch_and_remedy(digits):
-    network = make(digits)
-    network.layers[1].weight[0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"layer 2 is nan in epoch 1; lower learning_rate"):
-        train(network, digits)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("changes", "message"),
     [
-        ({"epochs": 0}, "epochs is 0"),
-        ({"batch_size": 10**6}, "batch_size is 1000000; give .* at most 1437"),
-        ({"learning_rate": 0}, "learning_rate is 0"),
-        ({"learning_rate": 3.0}, "learning_rate is 3.0"),
-        ({"schedule": "random"}, "schedule is 'random'; choose one of: joint, layerwise"),
-        ({"negatives": "easy"}, "negatives is 'easy'; choose one of: random, hard"),
-        ({"decay": "cosine"}, "decay is 'cosine'"),
+        ({"batch_size": 10**6}, "batch_size is 1000000; give .* at most 200"),
+        ({"random_shift": 8}, "random_shift is 8; give .* at most 7"),
     ],
 )
-def test_bad_settings_are_named(digits, settings, message):
+def test_fit_refuses_settings_that_the_data_does_not_allow(few, changes, message):
     with pytest.raises(ValueError, match=message):
-        train(make(digits), digits, **settings)
+        train(make(few), few, **changes)
 
 
-def test_data_with_one_class_is_refused(digits):
+def test_fit_refuses_data_with_one_class(digits):
     of_one = digits.train_labels == 3
-    one = datasets.replace(
-        digits, train_images=digits.train_images[of_one], train_labels=digits.train_labels[of_one]
-    )
+    images, labels = digits.train_images[of_one], digits.train_labels[of_one]
+    one = replace(digits, train_images=images, train_labels=labels)
     with pytest.raises(ValueError, match="one class only"):
         train(make(one), one)
+
+
+def test_fit_refuses_a_network_without_classifier(few):
+    with pytest.raises(ValueError, match="classifier=False"):
+        train(make(few, classifier=False), few)
+
+
+def test_greedy_cached_training_is_the_same_from_files_and_from_memory(few, tmp_path):
+    networks = [make(few, [30] * 3, classifier=False) for _ in range(2)]
+    config = TrainConfig(epochs=8, batch_size=40, learning_rate=0.01)
+    tables = [
+        fit_greedy_cached(network, few, config, store=store, quiet=True).drop(columns="seconds")
+        for network, store in zip(networks, ("memory", tmp_path / "cache"), strict=True)
+    ]
+    assert same_state(*networks) and tables[0].equals(tables[1])
+    assert not any((tmp_path / "cache").iterdir())
+    assert list(tables[0].layer) == [layer for layer in (1, 2, 3) for _ in range(8)]
+    first = tables[0][tables[0].layer == 1].loss
+    assert first.iloc[-1] < first.iloc[0]
+    assert goodness_errors(networks[0], few)[0] < 0.5
+
+
+def test_greedy_cached_training_of_one_layer_is_the_layers_own_steps(few):
+    network, twin = (make(few, [20], classifier=False) for _ in range(2))
+    data = few.subset(50, 50)
+    config = replace(TRAIN, epochs=1, decay="none")
+    fit_greedy_cached(network, data, config, quiet=True)
+    generator = torch.Generator().manual_seed(0)
+    ((images, labels),) = training.batches(data, 50, generator)
+    wrong = training.random_negatives(labels, 10, generator)
+    h = twin.encode(torch.cat([images, images]), torch.cat([labels, wrong]))
+    twin.step(h, 50, config.learning_rate)
+    assert same_state(network, twin)
+
+
+def test_greedy_cached_training_refuses_what_it_cannot_do(few):
+    with pytest.raises(ValueError, match="label is 'none'"):
+        fit_greedy_cached(unsupervised(few), few, TRAIN)
+    for changes in ({"dropout": 0.1}, {"random_shift": 1}):
+        with pytest.raises(ValueError, match="new inputs in every epoch: give 0"):
+            fit_greedy_cached(make(few), few, replace(TRAIN, **changes))
+
+
+def test_compare_trains_every_variant_and_seed_and_says_what_it_changed(few):
+    variants = {"ours": {}, "random": {"negatives": "random", "label_scale": 1.0}}
+    train_config = replace(TRAIN, epochs=1)
+    table = training.compare(few, [20], FF, train_config, variants, seeds=2)
+    assert table.variant.tolist() == ["ours"] * 2 + ["random"] * 2
+    assert table.seed.tolist() == [0, 1, 0, 1]
+    assert table.negatives.tolist()[2:] == ["random"] * 2
+    network = make(few, [20], seed=1, label_scale=1.0)
+    history = train(network, few, epochs=1, seed=1, negatives="random")
+    assert table.error.iloc[3] == history.error.iloc[-1]
+    assert table.goodness_error.iloc[3] == goodness_errors(network, few)[-1]
+
+
+def test_epochs_to_counts_to_the_first_epoch_at_each_level():
+    errors = pd.Series([0.5, 0.2, 0.3, 0.1])
+    assert training.epochs_to(errors, [0.5, 0.2, 0.15, 0.05]) == [1, 2, 4, None]
