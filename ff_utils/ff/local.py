@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ff_utils.config import LayerConfig, LocalConfig
+from ff_utils.config import LocalConfig
 from ff_utils.ff.layers import EPSILON, FFLayer, Part, goodness, normalise_
 from ff_utils.ff.negatives import DenseInput
 from ff_utils.ff.network import ForwardForward

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from ff_utils.config import FFConfig, TrainConfig
+from ff_utils.config import FFConfig, RecurrentConfig, TrainConfig
 from ff_utils.data import Dataset, test_batches
 from ff_utils.ff.layers import FFLayer, SoftmaxClassifier, normalise_, split_batch
 from ff_utils.ff.negatives import (
@@ -32,7 +32,82 @@ PREDICTIONS = ("softmax", "goodness", "both")
 EVALUATION_ROWS = 2000
 
 
-class ForwardForward(nn.Module):
+class FFNetwork(nn.Module):
+    """What every FF network has: sizes, settings, predictions, and the end of an epoch.
+
+    A network has `layers`, a `softmax` classifier or None, and the two methods that have no body.
+    """
+
+    def __init__(
+        self, pixels: int, classes: int, hidden: list[int], config: FFConfig | RecurrentConfig
+    ) -> None:
+        super().__init__()
+        check_number("pixels", pixels, 1, whole=True)
+        check_number("classes", classes, 2, whole=True)
+        check_ints("hidden", hidden, 1)
+        self.pixels, self.classes, self.hidden = pixels, classes, list(hidden)
+        self.config = config
+        self.settings = {"pixels": pixels, "classes": classes, "hidden": list(hidden)}
+        self.settings |= asdict(config)
+        self.settings.pop("recompute", None)  # the results are the same bits
+        self.optimizers: list[nn.Module] = []  # what a checkpoint holds besides the network
+
+    def neutral_activations(
+        self, images: torch.Tensor, depth: int | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Normalised activations (N, width) of the first `depth` layers, or all, without a label,
+        one layer at a time. images: (N, pixels)."""
+        raise NotImplementedError
+
+    def label_goodness(self, images: torch.Tensor) -> torch.Tensor:
+        """Goodness of every label in every layer: images (N, pixels) -> (layers, N, classes)."""
+        raise NotImplementedError
+
+    def classify(self, images: torch.Tensor, depth: int | None = None) -> torch.Tensor:
+        """The classifier's logits (N, classes) of images (N, pixels), from `depth` layers or all.
+
+        ValueError for a network without a classifier.
+        """
+        if self.softmax is None:
+            raise ValueError("this network was built with classifier=False: predict by 'goodness'.")
+        return self.softmax(self.neutral_activations(images, depth))
+
+    def after_epoch(self, data: Dataset, epoch: int, stage: int | str | None = None) -> dict:
+        """The classifier's test error, once it is trained; FloatingPointError for a dead layer."""
+        depth = stage + 1 if isinstance(stage, int) else len(self.layers)
+        some = data.test_images[:EVALUATION_ROWS]
+        refuse_dead_layers(self.neutral_activations(some, depth), epoch)
+        if stage == "layers":
+            return {}
+        return {"error": classification_error(partial(self.classify, depth=depth), data)}
+
+    def scores(self, images: torch.Tensor, by: str) -> torch.Tensor:
+        """A score for each label: images (N, pixels) -> (N, classes), largest is best.
+
+        by: "softmax", the logits under the neutral label; "goodness", summed over all layers;
+            "both", the log probability of the softmax plus the mean over layers of goodness times
+            sharpness, which is a log probability too.
+        """
+        check_choice("by", by, PREDICTIONS)
+        if by == "softmax":
+            return self.classify(images)
+        g = self.label_goodness(images)
+        if by == "goodness":
+            return g.sum(0)
+        return g.mean(0).mul_(self.config.sharpness).add_(self.classify(images).log_softmax(1))
+
+    def predict(
+        self, images: torch.Tensor, by: str = "goodness", rows: int = EVALUATION_ROWS
+    ) -> torch.Tensor:
+        """Class of each image (N,): the best of `scores`.
+
+        rows: network inputs taken at a time, so that memory stays small.
+        """
+        size = rows if by == "softmax" else max(1, rows // self.classes)
+        return torch.cat([self.scores(part, by).argmax(1) for part in images.split(size)])
+
+
+class ForwardForward(FFNetwork):
     """A stack of FF layers that reads an image with a label written in.
 
     config: see `FFConfig`. With label="none" the network reads images alone and learns without
@@ -49,17 +124,10 @@ class ForwardForward(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
-        check_ints("hidden", hidden, 1)
-        check_number("classes", classes, 2, whole=True)
-        check_number("pixels", pixels, classes if config.label == "pixels" else 1, whole=True)
-        self.pixels, self.classes, self.hidden = pixels, classes, list(hidden)
-        self.config = config
-        self.settings = {"pixels": pixels, "classes": classes, "hidden": list(hidden)}
-        self.settings |= asdict(config)
-        del self.settings["recompute"]  # the results are the same bits
+        super().__init__(pixels, classes, hidden, config)
+        if config.label == "pixels":
+            check_number("pixels", pixels, classes, whole=True)
         self.image_shape: tuple[int, ...] = ()
-        self.optimizers: list[nn.Module] = []  # what a checkpoint holds besides the network
         plan = self.plan(pixels + (classes if config.label == "joined" else 0))
         # One gradient buffer, as large as the largest layer, serves all of them in turn.
         largest = torch.zeros(max(size for _, size in plan), device=device, dtype=dtype)
@@ -114,6 +182,13 @@ class ForwardForward(nn.Module):
             h = layer(h)
             layer.normalise_(h)
             yield h
+
+    def neutral_activations(
+        self, images: torch.Tensor, depth: int | None = None
+    ) -> Iterator[torch.Tensor]:
+        """`activations` of images (N, pixels) with the neutral label, of `depth` layers or all."""
+        rows = self.labelled_input(images).with_labels(None)
+        yield from self.activations(rows, depth or len(self.layers))
 
     def cache_activations(
         self, h: torch.Tensor | FactoredInput, depth: int
@@ -269,25 +344,6 @@ class ForwardForward(nn.Module):
         # Their rows have no name here, so that they are freed once the first layer has used them.
         return named_losses(self.step(self.encode(mixed(), None), len(images), learning_rate))
 
-    def after_epoch(self, data: Dataset, epoch: int, stage: int | str | None = None) -> dict:
-        """The classifier's test error, once there is one; FloatingPointError for a dead layer."""
-        depth = stage + 1 if isinstance(stage, int) else len(self.layers)
-        some = self.encode(data.test_images[:EVALUATION_ROWS], None)
-        refuse_dead_layers(self.activations(some, depth), epoch)
-        if stage == "layers":
-            return {}
-        return {"error": classification_error(partial(self.classify, depth=depth), data)}
-
-    def classify(self, images: torch.Tensor, depth: int | None = None) -> torch.Tensor:
-        """Softmax logits (N, classes) of images (N, pixels) under the neutral label.
-
-        depth: of how many layers; all where None. ValueError for a network without a classifier.
-        """
-        if self.softmax is None:
-            raise ValueError("this network was built with classifier=False: predict by 'goodness'.")
-        neutral = self.labelled_input(images).with_labels(None)
-        return self.softmax(self.activations(neutral, depth or len(self.layers)))
-
     def label_goodness(self, images: torch.Tensor) -> torch.Tensor:
         """Goodness of every label in every layer: images (N, pixels) -> (layers, N, classes).
 
@@ -304,31 +360,6 @@ class ForwardForward(nn.Module):
             g = layer.goodness_of(layer.normalise_(h))
             result[number] = g.view(self.classes, count)
         return result.transpose(1, 2)
-
-    def scores(self, images: torch.Tensor, by: str) -> torch.Tensor:
-        """A score for each label: images (N, pixels) -> (N, classes), largest is best.
-
-        by: "softmax", the logits under the neutral label; "goodness", summed over all layers;
-            "both", the log probability of the softmax plus the mean over layers of goodness times
-            sharpness, which is a log probability too.
-        """
-        check_choice("by", by, PREDICTIONS)
-        if by == "softmax":
-            return self.classify(images)
-        g = self.label_goodness(images)
-        if by == "goodness":
-            return g.sum(0)
-        return g.mean(0).mul_(self.config.sharpness).add_(self.classify(images).log_softmax(1))
-
-    def predict(
-        self, images: torch.Tensor, by: str = "goodness", rows: int = EVALUATION_ROWS
-    ) -> torch.Tensor:
-        """Class of each image (N,): the best of `scores`.
-
-        rows: network inputs taken at a time, so that memory stays small.
-        """
-        size = rows if by == "softmax" else max(1, rows // self.classes)
-        return torch.cat([self.scores(part, by).argmax(1) for part in images.split(size)])
 
 
 class _Recomputed:

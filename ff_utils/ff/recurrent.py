@@ -5,8 +5,7 @@ constants to it, so learning is local in space and in time, and memory does not 
 Hinton, arXiv 2212.13345, section 3.4.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -16,20 +15,14 @@ from ff_utils.config import RecurrentConfig, TrainConfig
 from ff_utils.data import Dataset
 from ff_utils.ff.layers import EPSILON, FFLayer, SoftmaxClassifier, normalise_, split_batch
 from ff_utils.ff.negatives import drop_pixels, hard_negatives, one_hot
-from ff_utils.ff.network import (
-    EVALUATION_ROWS,
-    ForwardForward,
-    classification_error,
-    named_losses,
-    refuse_dead_layers,
-)
-from ff_utils.utils import check_choice, check_ints, check_number
+from ff_utils.ff.network import FFNetwork, named_losses
+from ff_utils.utils import check_choice, check_number
 
 # A layer's activations, normalised, and what each row was divided by: (rows, width) and (rows,).
 State = tuple[torch.Tensor, torch.Tensor]
 
 
-class RecurrentForwardForward(nn.Module):
+class RecurrentForwardForward(FFNetwork):
     """Hidden layers between an image that stays and a label on top of them.
 
     At every time step all layers at once read what their neighbours were at the step before, each
@@ -49,17 +42,9 @@ class RecurrentForwardForward(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
-        check_number("pixels", pixels, 1, whole=True)
-        check_number("classes", classes, 2, whole=True)
-        check_ints("hidden", hidden, 1)
+        super().__init__(pixels, classes, hidden, config)
         check_number("steps", config.steps, len(hidden), whole=True)
         check_choice("normalisation", config.normalisation, ("mean_square",))
-        self.pixels, self.classes, self.hidden = pixels, classes, list(hidden)
-        self.config = config
-        self.settings = {"pixels": pixels, "classes": classes, "hidden": list(hidden)}
-        self.settings |= asdict(config)
-        self.optimizers: list[nn.Module] = []  # none beside the layers' own
         self.widths = [pixels, *hidden, classes]
         kind = {"device": device, "dtype": dtype}
         generator = torch.Generator().manual_seed(config.seed)
@@ -151,7 +136,9 @@ class RecurrentForwardForward(nn.Module):
         """
         count, depth, steps = len(images), len(self.layers), self.config.steps
         label = self._label(torch.cat([labels, wrong]))
-        _repeat_states(states, 2)
+        for number, (h, divisor) in enumerate(states):
+            states[number] = h.repeat(2, 1), divisor.repeat(2)
+        del h, divisor
         gradients = self._gradients()
         # The gradient of the weights that read the image is computed once: the images stay.
         mixed, losses = torch.zeros_like(drive), drive.new_zeros(depth)
@@ -213,15 +200,11 @@ class RecurrentForwardForward(nn.Module):
         losses = self.step(images, drive, states, labels, wrong, learning_rate)
         return named_losses(losses) | {"softmax_loss": softmax_loss}
 
-    def after_epoch(self, data: Dataset, epoch: int, stage: None = None) -> dict:
-        """The classifier's test error; FloatingPointError for a dead layer."""
-        _, _, states = self.start(data.test_images[:EVALUATION_ROWS])
-        refuse_dead_layers((h for h, _ in states), epoch)
-        return {"error": classification_error(self.classify, data)}
-
-    def classify(self, images: torch.Tensor) -> torch.Tensor:
-        """Softmax logits (N, classes) of images (N, pixels) from the pass up, without a label."""
-        return self.softmax(h for h, _ in self.start(images)[2])
+    def neutral_activations(
+        self, images: torch.Tensor, depth: None = None
+    ) -> Iterator[torch.Tensor]:
+        """Normalised activations (N, width) of all layers at step 0, which no label enters."""
+        return (h for h, _ in self.start(images)[2])
 
     def label_goodness(self, images: torch.Tensor) -> torch.Tensor:
         """Goodness of every label in every layer, summed over time steps `config.first` to
@@ -230,15 +213,13 @@ class RecurrentForwardForward(nn.Module):
         _, drive, states = self.start(images)
         tried = torch.arange(self.classes, device=drive.device)
         label = self._label(tried.repeat_interleave(count))
-        _repeat_states(states, self.classes)
+        for number, (h, divisor) in enumerate(states):
+            states[number] = h.repeat(self.classes, 1), divisor.repeat(self.classes)
         total = 0
         for moment in range(1, self.config.last + 1):
             g = self.advance(drive, states, label)
             total = total + g if moment >= self.config.first else 0
         return total.view(-1, self.classes, count).transpose(1, 2)
-
-    scores = ForwardForward.scores
-    predict = ForwardForward.predict
 
     def _label(self, labels: torch.Tensor) -> torch.Tensor:
         """Labels (rows,) as the top layer reads them (rows, classes)."""
@@ -251,9 +232,3 @@ class RecurrentForwardForward(nn.Module):
         parts = self.grad_buffer.zero_().split([p.numel() for p in parameters])
         shaped = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
         return list(zip(shaped[::2], shaped[1::2], strict=True))
-
-
-def _repeat_states(states: list[State], times: int) -> None:
-    """As many blocks of rows as labels are tried, one layer after the other."""
-    for number, (h, divisor) in enumerate(states):
-        states[number] = h.repeat(times, 1), divisor.repeat(times)
