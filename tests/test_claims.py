@@ -1,50 +1,58 @@
 import copy
-import subprocess
 import sys
+import types
 
 import pytest
 import yaml
 
-from ff_utils import claims, paths, results
+from ff_utils import utils
+from ff_utils.report import claims, records
+
+MEMORY = "05_memory_profiling"
 
 
 @pytest.fixture(scope="module")
-def records():
-    return {name: results.read(name, "default") for name in claims.notebooks()}
+def default():
+    return {name: records.read(name, "default") for name in claims.notebooks()}
 
 
-def test_the_ledger_agrees_with_the_records(records):
-    table = claims.judge(records)
+@pytest.fixture
+def simulated(monkeypatch, default):
+    """Stand-in for the simulation, which has tests of its own; returns what it computes."""
+    values = dict(default[MEMORY]["metrics"]["claims"])
+    stand_in = types.SimpleNamespace(memory_metrics=lambda: values)
+    monkeypatch.setitem(sys.modules, "ff_utils.memory", stand_in)
+    return values
+
+
+def test_ledger_agrees_with_the_records(default):
+    table = claims.judge(default)
     assert (table.verdict == table.expected).all()
     assert set(table.verdict) == set(claims.VERDICTS)
     assert table.why.str.fullmatch(r"[A-Z].*\.").all()
 
 
-def test_the_command_recomputes_and_prints_every_claim():
-    done = subprocess.run(
-        [sys.executable, "-m", "ff_utils.claims"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    for claim in claims.read():
-        assert claim["claim"] in done.stdout
+def test_verify_recomputes_and_prints_every_claim(capsys):
+    claims.main([])
+    printed = capsys.readouterr().out
+    assert all(claim.claim in printed for claim in claims.read())
 
 
-def test_a_verdict_that_changes_is_an_error(records, monkeypatch):
-    changed = copy.deepcopy(records)
-    changed["05_memory_profiling"]["metrics"]["claims"]["seed_growth"] *= 2
-    table = claims.judge(changed)
-    (row,) = table[table.verdict != table.expected].itertuples()
-    assert row.verdict == "fails" and row.expected == "holds"
-    monkeypatch.setattr(results, "read", lambda name, profile: changed[name])
-    monkeypatch.setattr(claims, "memory_metrics", dict)
-    assert claims.verify() == [f"{row.claim} The ledger says 'holds', the records 'fails'."]
+def test_verdict_that_changes_is_an_error(default, simulated, monkeypatch):
+    changed = copy.deepcopy(default)
+    changed[MEMORY]["metrics"]["claims"]["seed_growth"] *= 2
+    simulated["seed_growth"] *= 2
+    monkeypatch.setattr(records, "read", lambda name, profile: changed[name])
+    (wrong,) = claims.verify()
+    assert wrong.endswith("The ledger says 'holds', the records 'fails'.")
 
 
-def test_a_record_that_is_stale_is_an_error(records, monkeypatch):
-    kept = records["05_memory_profiling"]["metrics"]["claims"]
-    monkeypatch.setattr(claims, "memory_metrics", lambda: {"seed_growth": 2 * kept["seed_growth"]})
+def test_record_that_is_stale_is_an_error(simulated):
+    simulated["seed_growth"] *= 2
     (wrong,) = claims.verify()
     assert "record says seed_growth is" in wrong and "run `make publish`" in wrong
+    with pytest.raises(SystemExit, match="error: 05_memory_profiling's record"):
+        claims.main([])
 
 
 @pytest.mark.parametrize(
@@ -54,16 +62,63 @@ def test_a_record_that_is_stale_is_an_error(records, monkeypatch):
         ({"relation": "near"}, "claim 1: relation is 'near'; choose one of: about"),
         ({"relation": "about"}, "claim 1: a tolerance goes with the relation 'about' alone"),
         ({"unit": "KiB"}, "claim 1: unit is 'KiB'"),
-        ({"clam": 1}, "claim 1: missing or unknown key: clam"),
-        ({"metric": "05_memory_profiling: claims.nothing"}, "is in no record; run `make 05`"),
+        ({"clam": 1}, "claim 1: .*unexpected keyword argument 'clam'"),
+        ({"why": None}, "claim 1: .*missing .*'why'"),
+        ({"metric": f"{MEMORY}: claims.nothing"}, "claims.nothing is in no record"),
     ],
 )
-def test_a_wrong_ledger_is_refused(change, message, records, tmp_path, monkeypatch):
-    found = yaml.safe_load(claims.LEDGER.read_text())
-    found[0] |= change
+def test_ledger_that_is_wrong_is_refused(change, message, default, tmp_path, monkeypatch):
+    entries = yaml.safe_load(claims.LEDGER.read_text())
+    entries[0] |= change
+    if change == {"why": None}:
+        del entries[0]["why"]
     ledger = tmp_path / "claims.yaml"
-    ledger.write_text(yaml.safe_dump(found))
+    ledger.write_text(yaml.safe_dump(entries))
     monkeypatch.setattr(claims, "LEDGER", ledger)
-    monkeypatch.setattr(paths, "relative", lambda path: path.name)
     with pytest.raises(ValueError, match=message):
-        claims.judge(records)
+        claims.judge(default)
+
+
+def test_metric_finds_items_rows_and_ratios():
+    rows = [{"arm": "a", "depth": 2, "bytes": 6}, {"arm": "b", "depth": 2, "bytes": 3}]
+    known = {"x": {"metrics": {"rows": rows, "part": {"list": [1, 5]}, "none": None}}}
+    assert claims.metric("x: part.list.-1", known) == 5
+    assert claims.metric("x: rows[arm=b,depth=2].bytes", known) == 3
+    assert claims.metric("x: rows[arm=a].bytes / rows[arm=b].bytes", known) == 2
+    for nothing in ("x: rows[arm=c].bytes", "x: part.other", "x: none", "gpu/x: part"):
+        assert claims.metric(nothing, known) is None
+
+
+def test_claims_of_a_gpu_are_judged_once_it_has_measured(default, tmp_path, monkeypatch):
+    asked = [c for c in claims.read() if (c.metric or "").startswith("gpu/")]
+    names = [c.metric.rpartition(".")[2] for c in asked]
+    monkeypatch.setattr(utils, "RESULTS", tmp_path)
+    assert set(claims.judge(default).set_index("claim").measured[[c.claim for c in asked]]) == {"-"}
+    records.Run(MEMORY, "gpu", {}).finish({"gpu": dict.fromkeys(names, 0.01)})
+    table = claims.judge(default).set_index("claim").loc[[c.claim for c in asked]]
+    assert len(asked) >= 4 and table.measured.iloc[0] == "1 %"
+    assert set(table.verdict) == {"open"}  # until a person has entered the verdict
+
+
+def test_readme_has_the_numbers_of_the_records():
+    text = claims.README.read_text()
+    assert claims.with_numbers(text) == text
+    assert len(claims.NUMBER.findall(text)) == text.count("<!-- ") > 30
+
+
+def test_readme_keeps_the_unit_and_the_decimals_of_a_number():
+    mark = f"<!-- {MEMORY}: simulated[arm=backprop,depth=47].peak_bytes -->"
+    short = "<!-- 05: slopes.backprop -->"
+    text = f"{mark}1 MB, {mark}0.00 GB, {short}1,000.5 kB; <!-- 04: test_error -->9.9 % of 5"
+    filled = f"{mark}4,204 MB, {mark}4.20 GB, {short}88,024.0 kB; <!-- 04: test_error -->1.7 % of 5"
+    assert claims.with_numbers(text) == filled
+    with pytest.raises(ValueError, match=r"05: slopes\.none is in no record"):
+        claims.with_numbers("<!-- 05: slopes.none -->1 MB")
+
+
+def test_readme_is_filled_in_by_its_command(tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text("It takes <!-- 05: slopes.backprop -->0 MB per layer.\n")
+    monkeypatch.setattr(claims, "README", readme)
+    claims.main(["readme"])
+    assert readme.read_text() == "It takes <!-- 05: slopes.backprop -->88 MB per layer.\n"

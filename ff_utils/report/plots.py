@@ -400,7 +400,7 @@ def label_goodness(
         chosen = int(found.argmax())
         colours = [ORANGE if k == chosen else PALE_ORANGE for k in range(len(found))]
         edges = ["black" if k == true else "none" for k in range(len(found))]
-        axis.bar(range(len(found)), found.cpu(), color=colours, edgecolor=edges, lw=1.5)
+        axis.bar(range(len(found)), found.tolist(), color=colours, edgecolor=edges, lw=1.5)
         axis.set(xticks=range(len(found)), xlabel="label tried", ylabel="goodness")
         verdict = "right" if chosen == true else "wrong"
         name = f"chosen {chosen}, true {true} (framed): {verdict}"

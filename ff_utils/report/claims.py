@@ -1,0 +1,218 @@
+"""The ledger of claims, and README's numbers: both are checked against the records.
+
+`python -m ff_utils.report.claims` recomputes the memory metrics and judges every claim of
+data/claims.yaml from the default profile's records; a verdict that changed is an error.
+`python -m ff_utils.report.claims readme` fills in README's numbers.
+"""
+
+import re
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import pandas as pd
+import yaml
+
+from ff_utils import utils
+from ff_utils.report import records
+
+LEDGER = utils.DATA / "claims.yaml"
+README = utils.ROOT / "README.md"
+RELATIONS = ("about", "at least", "at most")
+VERDICTS = ("holds", "fails", "open")
+UNITS = {
+    "%": lambda value: f"{100 * value:.4g} %",
+    "MB": lambda value: f"{value / 1e6:,.0f} MB",
+    "times": lambda value: f"{value:.3g}x",
+}
+# In README a mark names the source of a number: <!-- 05: slopes.backprop -->88 MB
+NUMBER = re.compile(
+    r"<!-- (?P<metric>[\w/]+: [^>]+) -->(?P<number>-?[\d,.]*\d)(?P<unit> ?%| [kMG]B|)"
+)
+FACTORS = {"": 1, "%": 100, "kB": 1e-3, "MB": 1e-6, "GB": 1e-9}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An entry of the ledger, whose head says what each key is."""
+
+    claim: str
+    source: str
+    unit: str
+    relation: str
+    claimed: float
+    verdict: str
+    why: str
+    metric: str | None = None
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is not a choice."""
+        utils.check_choice("relation", self.relation, RELATIONS)
+        utils.check_choice("verdict", self.verdict, VERDICTS)
+        utils.check_choice("unit", self.unit, UNITS)
+        if (self.relation == "about") != (self.tolerance is not None):
+            raise ValueError("a tolerance goes with the relation 'about' alone.")
+
+    def judge(self, value: float | None) -> str:
+        """The verdict on a measured value; an open claim stays open until someone settles it."""
+        if self.verdict == "open":
+            return "open"
+        holds = {
+            "about": abs(value - self.claimed) <= (self.tolerance or 0) * abs(self.claimed),
+            "at least": value >= self.claimed,
+            "at most": value <= self.claimed,
+        }
+        return "holds" if holds[self.relation] else "fails"
+
+
+def read() -> list[Claim]:
+    """The ledger's claims; ValueError with the number of an entry that is not as it should be."""
+    place = utils.relative(LEDGER)
+    try:
+        entries = yaml.safe_load(LEDGER.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{place} is not YAML: {error}") from error
+    claims = []
+    for number, entry in enumerate(entries, start=1):
+        try:
+            claims.append(Claim(**entry))
+        except (TypeError, ValueError) as error:
+            reason = str(error).removeprefix("Claim.__init__() ")
+            raise ValueError(f"{place}, claim {number}: {reason}") from error
+    return claims
+
+
+def notebooks() -> set[str]:
+    """Notebooks whose default records the ledger asks."""
+    asked = {claim.metric.partition(": ")[0] for claim in read() if claim.metric}
+    return {name for name in asked if "/" not in name}
+
+
+def metric(name: str, known: dict[str, dict]) -> float | None:
+    """The number that `name` stands for, or None if it is in no record.
+
+    name: "RECORD: path", or "RECORD: path / path" for a ratio. RECORD is a key of `known`, a
+    notebook (or its number) of the default profile, or PROFILE/NOTEBOOK. In a path, a.b is an item,
+    a.0 one of a list, a[arm=ff_streamed,depth=47] the first row with these values.
+    """
+    place, _, paths = name.partition(": ")
+    if place not in known:
+        profile, notebook = PurePosixPath("default", place).parts[-2:]
+        if notebook.isdigit():
+            notebook = next(utils.NOTEBOOKS.glob(f"{notebook}_*.ipynb")).stem
+        if not records.record_path(notebook, profile).exists():
+            return None
+        known = {place: records.read(notebook, profile)}
+    values = [_value(known[place]["metrics"], path) for path in paths.split(" / ")]
+    if None in values:
+        return None
+    return values[0] if len(values) == 1 else values[0] / values[1]
+
+
+def _value(found: object, path: str) -> object:
+    for step in re.findall(r"\[[^]]+\]|[^.\[]+", path):
+        if step.startswith("["):
+            wanted = dict(pair.split("=") for pair in step[1:-1].split(","))
+            rows = (row for row in found if all(str(row[k]) == v for k, v in wanted.items()))
+            found = next(rows, None)
+        elif isinstance(found, list):
+            found = found[int(step)]
+        else:
+            found = found.get(step)
+        if found is None:
+            return None
+    return found
+
+
+def judge(known: dict[str, dict]) -> pd.DataFrame:
+    """Every claim with what was measured and the verdict that follows.
+
+    known: records by notebook, as `records.read` gives them. Columns: claim, source, claimed,
+    measured (both with their units), verdict, expected (the ledger's), why.
+    """
+    rows = []
+    for claim in read():
+        value = metric(claim.metric, known) if claim.metric else None
+        if value is None and claim.verdict != "open":
+            raise ValueError(f"{utils.relative(LEDGER)}: {claim.metric} is in no record.")
+        show = UNITS[claim.unit]
+        rows.append(
+            {
+                "claim": claim.claim,
+                "source": claim.source,
+                "claimed": f"{claim.relation} {show(claim.claimed)}",
+                "measured": "-" if value is None else show(value),
+                "verdict": claim.judge(value),
+                "expected": claim.verdict,
+                "why": claim.why,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def verify() -> list[str]:
+    """Judge the ledger from the default records and print it; returns what is wrong with it."""
+    from ff_utils.memory import memory_metrics  # simulates training steps, so it loads all networks
+
+    known = {name: records.read(name, "default") for name in notebooks()}
+    kept = known["05_memory_profiling"]["metrics"].get("claims", {})
+    wrong = []
+    for name, value in memory_metrics().items():
+        if abs(value - kept.get(name, float("nan"))) <= 1e-5 * abs(value):
+            continue
+        wrong.append(
+            f"05_memory_profiling's record says {name} is {kept.get(name)}, computed again it is "
+            f"{value:.6g}: run `make publish`."
+        )
+    table = judge(known)
+    for row in table.itertuples():
+        print(f"{row.verdict:6} {row.claim}")
+        about = f"claimed {row.claimed}, measured {row.measured} ({row.source})"
+        for text in (about, row.why):
+            print(textwrap.fill(text, 96, initial_indent=" " * 7, subsequent_indent=" " * 7))
+        if row.expected == "open" and row.measured != "-":
+            print("       It is measured: enter a verdict, or say in `why` what is missing.")
+        if row.verdict != row.expected:
+            wrong.append(
+                f"{row.claim} The ledger says {row.expected!r}, the records {row.verdict!r}."
+            )
+    counts = ", ".join(f"{(table.verdict == v).sum()} {v}" for v in VERDICTS)
+    print(f"\n{len(table)} claims: {counts}")
+    return wrong
+
+
+def with_numbers(text: str) -> str:
+    """`text` with every marked number as the records have it, in the unit and the decimals that it
+    is written in. ValueError for a mark whose number is in no record."""
+
+    def fill(found: re.Match) -> str:
+        mark, number, unit = found["metric"], found["number"], found["unit"]
+        value = metric(mark, {})
+        if value is None:
+            raise ValueError(f"README.md: {mark} is in no record.")
+        decimals = len(number.partition(".")[2])
+        return f"<!-- {mark} -->{value * FACTORS[unit.strip()]:,.{decimals}f}{unit}"
+
+    return NUMBER.sub(fill, text)
+
+
+def fill_readme() -> None:
+    """Write the default records' numbers into README."""
+    utils.write_text(README, with_numbers(README.read_text(encoding="utf-8")))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Verify, or with "readme" fill it in; exits with a sentence for everything that is wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        wrong = fill_readme() if arguments == ["readme"] else verify()
+    except ValueError as error:
+        wrong = [str(error)]
+    if wrong:
+        sys.exit("\n".join(f"error: {sentence}" for sentence in wrong))
+
+
+if __name__ == "__main__":
+    main()
