@@ -107,7 +107,7 @@ def panels(
     for axis in axes.flat[len(titles) :]:
         axis.remove()
     figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
-    _note(figure, note)
+    write_note(figure, note)
     return figure, list(axes.flat[: len(titles)])
 
 
@@ -200,7 +200,7 @@ def lines(
         for name, colour in style.values():
             axis.plot([], [], color=colour, lw=2.4, label=name)
         axis.legend(loc="upper left")
-    _note(axis.figure, note)
+    write_note(axis.figure, note)
     return axis.figure
 
 
@@ -242,7 +242,7 @@ def scatter(
         for name, colour in style.values():
             axis.scatter([], [], 60, colour, label=name)
         axis.legend()
-    _note(figure, f"{note}; filled: no other is lower in both".removeprefix("; "))
+    write_note(figure, f"{note}; filled: no other is lower in both".removeprefix("; "))
     return figure
 
 
@@ -293,7 +293,7 @@ def breakdown(table: pd.DataFrame, *, title: str, note: str = "") -> Figure:
     axis.grid(False)
     axis.set(xlabel="MB at the peak", ylabel="", title=title)
     figure.legend(ncols=6, fontsize=8.5, loc="outside upper left", columnspacing=1, handlelength=1)
-    _note(figure, note)
+    write_note(figure, note)
     return figure
 
 
@@ -375,7 +375,7 @@ def heat_map(
     axis.set(xlabel=names[0].replace("_", " "), ylabel=names[1].replace("_", " "), title=title)
     axis.tick_params(rotation=0)
     axis.grid(False)
-    _note(figure, note)
+    write_note(figure, note)
     return figure
 
 
@@ -480,7 +480,7 @@ def _image(axis: plt.Axes, row: torch.Tensor, shape: tuple[int, ...]) -> None:
     axis.grid(False)
 
 
-def _note(figure: Figure, text: str) -> None:
+def write_note(figure: Figure, text: str) -> None:
     """Write below a figure what its numbers were measured with."""
     if text:
         y = -0.06 / figure.get_figheight()
