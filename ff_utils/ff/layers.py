@@ -341,8 +341,13 @@ class SGD:
         return [self.module.weight, self.module.bias]
 
 
+# PyTorch's defaults, in one fused operation that makes no temporary.
+ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "fused": True, "decoupled_weight_decay": True}
+ADAM |= {"amsgrad": False, "maximize": False}
+
+
 class Adam(SGD):
-    """Adam on a module's `weight` and `bias`, fused: no temporary is made.
+    """Adam on a module's `weight` and `bias`.
 
     The state is in the module's buffers, so that it is saved, moved and counted with it. Weight
     decay does not pass through the moments (AdamW: Loshchilov and Hutter, arXiv 1711.05101).
@@ -366,23 +371,8 @@ class Adam(SGD):
             [self.module.get_buffer(f"{name}_{state}") for name in ("weight", "bias")]
             for state in ("first_moment", "second_moment", "steps")
         )
-        adam(
-            self.parameters(),
-            gradients,
-            first,
-            second,
-            [],
-            steps,
-            fused=True,
-            amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            lr=learning_rate,
-            weight_decay=self.weight_decay,
-            decoupled_weight_decay=True,
-            eps=1e-8,
-            maximize=False,
-        )
+        moving = {"lr": learning_rate, "weight_decay": self.weight_decay}
+        adam(self.parameters(), gradients, first, second, [], steps, **moving, **ADAM)
 
 
 def make_optimizer(name: str, module: nn.Module, weight_decay: float = 0.0) -> SGD:
