@@ -2,64 +2,75 @@
 PROFILE ?= default
 PYTHON  ?= python3
 VENV    ?= .venv
-MINUTES ?= 10
+FORM    ?= supervised
+SEED    ?= 0
+EPOCHS  ?= 0
 
+override PROFILE := $(strip $(PROFILE))
 PY        := $(VENV)/bin/python
 READY     := $(VENV)/ready
 OUT       := build/$(PROFILE)
-# Any Python with PyTorch for CUDA and pandas will do for `make gpu-reference`: the environment's
-# if it is there, else the plain one.
-GPU_PYTHON ?= $(if $(wildcard $(READY)),$(PY),$(PYTHON))
+RECORDS   := data/results/$(PROFILE)
 NAMES     := $(basename $(notdir $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))))
 NUMBERS   := $(foreach name,$(NAMES),$(firstword $(subst _, ,$(name))))
-UNUSED    := $(addprefix ff_utils/,readme.py points.py sweep.py)
-SOURCES   := $(filter-out $(UNUSED),$(wildcard ff_utils/*.py))
+# Every file of the module, at any depth, but for those that only sweeps use.
+SOURCES   := $(filter-out ff_utils/run/sweep.py,$(sort $(shell find ff_utils -name '*.py')))
 PROFILES  := $(basename $(notdir $(wildcard notebooks/profiles/*.yaml)))
+# The user root needs this: JupyterLab refuses to start without it.
+LAB       ?= $(if $(filter 0,$(shell id -u)),--allow-root)
 
-ifeq ($(filter $(PROFILE),$(PROFILES)),)
+ifeq ($(PROFILES),)
+$(error make runs in the repository's folder, as in: make -C FOLDER help)
+endif
+ifneq ($(words $(PROFILE))$(filter-out $(PROFILES),$(PROFILE)),1)
 $(error PROFILE is '$(PROFILE)'; choose one of: $(PROFILES))
+endif
+ifneq ($(words $(VENV)),1)
+$(error VENV is '$(VENV)'; give a folder without spaces)
 endif
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
 # Time and memory are measured with nothing else running.
 .NOTPARALLEL:
-.PHONY: help reproduce data sweep publish gpu-reference test verify lint lab clean $(NUMBERS)
+.PHONY: help reproduce data train sweep publish gpu-reference test verify lint lab clean $(NUMBERS)
 .DEFAULT_GOAL := help
 
 help:  ## print this help
-	@echo "make TARGET [PROFILE=smoke|default|paper]"
+	@echo "make TARGET [PROFILE=smoke|default|paper|gpu]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' Makefile
-	@echo "  01 ... 10     execute one notebook, and those whose records it reads"
+	@echo "  01 ... 11     execute one notebook, and those whose records it reads"
 
 reproduce: data $(NAMES:%=$(OUT)/%.html)  ## environment, data, every notebook and figure
 
 data: build/data  ## fetch and check MNIST, or say what stands in for it
 
+train: $(READY)  ## train one form at full length: FORM=supervised SEED=0 EPOCHS=50
+	@$(PY) -m ff_utils run notebooks/11_full_length.ipynb --set form='$(FORM)' --set seed='$(SEED)' \
+	  --set epochs='$(EPOCHS)' --output build/full_length/'$(FORM)-$(SEED)'.ipynb
+
 sweep: $(READY)  ## run notebooks/sweeps/SWEEP.yaml, JOBS points at a time
-	@$(PY) -m ff_utils.sweep '$(SWEEP)' $(if $(JOBS),--jobs $(JOBS))
+	@$(PY) -m ff_utils sweep '$(SWEEP)' $(if $(JOBS),--jobs $(JOBS))
 
 test: $(READY)  ## the linter and all tests
 	@$(PY) -m ruff check && $(PY) -m ruff format --check
 	@$(PY) -m pytest
 
 verify: $(READY)  ## judge every claim of the ledger against the records
-	@$(PY) -m ff_utils.claims
+	@$(PY) -m ff_utils verify
 
 lint: $(READY)  ## format the code and report what the formatter cannot mend
 	@$(PY) -m ruff format && $(PY) -m ruff check --fix
 
-lab: $(READY)  ## open JupyterLab on the notebooks
-	@$(PY) -m jupyterlab --notebook-dir=notebooks
+lab: $(READY)  ## open JupyterLab on the notebooks: LAB='options of its own'
+	@$(PY) -m jupyterlab --notebook-dir=notebooks $(LAB)
 
-gpu-reference:  ## measure every arm on this machine's GPU: MINUTES=10, GPU_PYTHON=python3
-	@$(GPU_PYTHON) -c 'import torch, pandas' || { echo "error: $(GPU_PYTHON) lacks PyTorch or pandas;" \
-	  "give one that has them, as in: make gpu-reference GPU_PYTHON=python3" >&2; exit 1; }
-	@$(GPU_PYTHON) -m ff_utils.reference --minutes $(MINUTES)
+gpu-reference:  ## measure every arm on this machine's GPU: notebook 5 with PROFILE=gpu
+	@$(MAKE) --no-print-directory 05 PROFILE=gpu
 
 publish:  ## put the default run's outputs into the notebooks, its numbers into README
 	@$(MAKE) --no-print-directory reproduce PROFILE=default
-	@$(PY) -m ff_utils.pipeline publish
+	@$(PY) -m ff_utils publish
 
 clean:  ## remove what make built (data and records stay)
 	rm -rf build
@@ -69,26 +80,29 @@ clean:  ## remove what make built (data and records stay)
 $(READY): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "error: Python %d.%d is too old; give 3.11 or later, as in: make PYTHON=python3.12" % sys.version_info[:2])'
+	@if [ -e $(VENV) ] && [ ! -e $(VENV)/pyvenv.cfg ]; then \
+	  echo "error: VENV is $(VENV), which is there and is no Python environment; give another" >&2; exit 1; fi
 	@echo "making the environment in $(VENV)"
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-build/data: ff_utils/datasets.py $(READY)
+build/data: ff_utils/data.py $(READY)
 	@mkdir -p build
-	@$(PY) -m ff_utils.datasets
+	@$(PY) -m ff_utils data
 	@touch $@
 
 # --- notebooks -------------------------------------------------------------------------------
 
-$(OUT)/%.ipynb: notebooks/%.ipynb notebooks/profiles/$(PROFILE).yaml $(SOURCES) $(READY)
-	@$(PY) -m ff_utils.pipeline run $< --profile $(PROFILE) --output $@
+# One run makes two files: the executed notebook and its record.
+$(OUT)/%.ipynb $(RECORDS)/%.json: notebooks/%.ipynb notebooks/profiles/$(PROFILE).yaml $(SOURCES) $(READY)
+	@$(PY) -m ff_utils run $< --profile $(PROFILE) --output $(OUT)/$*.ipynb
 
-$(OUT)/%.html: $(OUT)/%.ipynb
-	@$(PY) -m ff_utils.pipeline html $< --output $@
+$(OUT)/%.html: $(OUT)/%.ipynb $(RECORDS)/%.json
+	@$(PY) -m ff_utils html $< --output $@
 
-.PRECIOUS: $(OUT)/%.ipynb
+.PRECIOUS: $(OUT)/%.ipynb $(RECORDS)/%.json
 
 # `make 05` is build/PROFILE/05_....html
 define numbered
@@ -97,9 +111,10 @@ endef
 $(foreach name,$(NAMES),$(eval $(call numbered,$(name))))
 
 # Notebooks that read tables, or the records of others.
-$(OUT)/08_sweeps.ipynb: ff_utils/points.py ff_utils/sweep.py $(wildcard data/results/sweeps/*.parquet)
-$(OUT)/04_backprop_baseline.ipynb: $(OUT)/02_ff_training.ipynb
-$(OUT)/06_figures.ipynb: data/claims.yaml $(OUT)/02_ff_training.ipynb $(OUT)/03_ff_language_model.ipynb \
-  $(OUT)/04_backprop_baseline.ipynb $(OUT)/05_memory_profiling.ipynb $(OUT)/07_every_form.ipynb \
-  $(OUT)/10_past_one_machine.ipynb
-$(OUT)/07_every_form.ipynb: $(wildcard data/results/study/*.json)
+$(OUT)/08_sweeps.ipynb: ff_utils/run/sweep.py $(wildcard data/results/sweeps/*.parquet)
+$(OUT)/04_backprop_baseline.ipynb: $(RECORDS)/02_ff_training.json
+$(OUT)/06_figures.ipynb: data/claims.yaml $(addprefix $(RECORDS)/,02_ff_training.json \
+  03_ff_language_model.json 04_backprop_baseline.json 05_memory_profiling.json 07_every_form.json \
+  10_past_one_machine.json)
+$(OUT)/07_every_form.ipynb $(OUT)/11_full_length.ipynb: notebooks/forms.yaml \
+  $(wildcard data/results/full_length/*.json)

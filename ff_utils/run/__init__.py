@@ -1,0 +1,1 @@
+"""Running: notebooks, sweeps of them, and full-length trainings."""

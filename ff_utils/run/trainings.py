@@ -1,0 +1,310 @@
+"""Full-length trainings: one resumable run, one record and one network for each form and seed.
+
+The forms and their settings are in `notebooks/forms.yaml`. Notebook 11 runs one of them.
+"""
+
+import json
+import pickle
+from dataclasses import dataclass, field, fields, replace
+from functools import cache, partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+from ff_utils import utils
+from ff_utils.backprop import Backprop, mlp
+from ff_utils.config import FFConfig, LocalConfig, RecurrentConfig, TrainConfig
+from ff_utils.data import Dataset, load_dataset
+from ff_utils.ff.local import LocalForwardForward
+from ff_utils.ff.network import PREDICTIONS, ForwardForward
+from ff_utils.ff.recurrent import RecurrentForwardForward
+from ff_utils.report import records
+from ff_utils.run.notebooks import read_yaml
+from ff_utils.training import error_rate, fit, goodness_errors
+
+FOLDER = "full_length"  # of the records, below data/results/, and of checkpoints, below build/
+NETWORKS = utils.DATA / "networks"
+VALIDATION = 5000  # training images held out, or a sixth of them: they choose, the test set reports
+NETWORK_CLASSES = {
+    "ForwardForward": (ForwardForward, FFConfig),
+    "LocalForwardForward": (LocalForwardForward, LocalConfig),
+    "RecurrentForwardForward": (RecurrentForwardForward, RecurrentConfig),
+    "Backprop": (Backprop, None),
+}
+OPTIMIZER_STATE = ("_moment", "_steps")  # how the names of its buffers end
+OLD_NAMES = {  # of parameters, in records of the first version
+    "scale": "sharpness",
+    "jitter": "random_shift",
+    "guess_share": "classifier_update_prob",
+    "softmax_rate": "classifier_rate",
+    "blurs": "mask_blurs",
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """One entry of `notebooks/forms.yaml`, which says what its keys mean."""
+
+    title: str
+    network: str
+    train: dict
+    hidden: list | None = None
+    fields: list | None = None
+    config: dict = field(default_factory=dict)
+    paper: float | None = None
+    dataset: str = "mnist"
+    chosen_by: str | None = None
+
+    @property
+    def train_config(self) -> TrainConfig:
+        """How it trains, for as many epochs as its own."""
+        return TrainConfig(**self.train)
+
+    def parameters(self, seed: int, epochs: int) -> dict:
+        """All that decides a run's result, as its record has it."""
+        size = {"hidden": self.hidden} if self.hidden else {"fields": self.fields}
+        chosen = {"validation": 0, "chosen_by": self.chosen_by} if self.chosen_by else {}
+        settings = {**size, **self.config, **self.train, "epochs": epochs}
+        return {"seed": seed, **settings, "validation": VALIDATION} | chosen
+
+    def build(self, data: Dataset, seed: int) -> nn.Module:
+        """Its network, untrained."""
+        network, config = NETWORK_CLASSES[self.network]
+        device = data.train_images.device
+        if network is Backprop:
+            layers = mlp(data.pixels, data.classes, self.hidden, seed=seed, device=device)
+            return Backprop(layers)
+        config = config(**self.config, seed=seed)
+        if self.fields:
+            return network(data.shape, data.classes, self.fields, config, device=device)
+        return network(data.pixels, data.classes, self.hidden, config, device=device)
+
+    def errors(self, network: nn.Module, data: Dataset) -> dict[str, float]:
+        """Error on `data`'s test part by each way to predict."""
+        by_softmax = self.network == "Backprop" or self.config.get("label") == "none"
+        ways = ["softmax"] if by_softmax else PREDICTIONS
+        return {by: error_rate(network, data, by) for by in ways}
+
+
+@cache
+def forms() -> dict[str, Form]:
+    """The forms by name; ValueError for a key that does not exist."""
+    path = utils.NOTEBOOKS / "forms.yaml"
+    place = utils.relative(path)
+    specs = read_yaml(path.read_text(encoding="utf-8"), place)
+    for name, spec in specs.items():
+        utils.check_names(f"{place}: {name} has the key", spec, [f.name for f in fields(Form)])
+        utils.check_choice(f"{place}: {name}: network", spec["network"], NETWORK_CLASSES)
+    return {name: Form(**spec) for name, spec in specs.items()}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A form trained with one seed for a number of epochs, and where its files are."""
+
+    name: str
+    form: Form
+    seed: int
+    epochs: int
+    dataset: str
+
+    @property
+    def title(self) -> str:
+        """Names the record and the checkpoint, so that no other run overwrites them."""
+        return f"{self.name}-{self.seed}-{self.epochs}"
+
+    @property
+    def record(self) -> Path:
+        """Its record; of another data set than the form's apart from the study's."""
+        if self.dataset != self.form.dataset:
+            return utils.BUILD / FOLDER / self.dataset / f"{self.title}.json"
+        return records.record_path(self.title, FOLDER)
+
+    @property
+    def network(self) -> Path:
+        """The weights that it learned: FORM-SEED.pt after the form's own epochs."""
+        if self.dataset != self.form.dataset:
+            return self.record.with_suffix(".pt")
+        own = self.epochs == self.form.train["epochs"]
+        return NETWORKS / (f"{self.name}-{self.seed}.pt" if own else f"{self.title}.pt")
+
+    def read(self) -> dict:
+        """Its record, parameters under today's names; ValueError if it is missing or incomplete."""
+        place = utils.relative(self.record)
+        command = f"make train FORM={self.name} SEED={self.seed} EPOCHS={self.epochs}"
+        try:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+            parameters = record["parameters"]
+            record["metrics"]["test_errors"]
+        except FileNotFoundError as error:
+            raise ValueError(f"{place} is missing: run `{command}`.") from error
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{place} is not whole: delete it and run `{command}`.") from error
+        renamed = {OLD_NAMES.get(name, name): value for name, value in parameters.items()}
+        return record | {"parameters": renamed}
+
+
+def plan(name: str, seed: int = 0, epochs: int = 0, dataset: str = "") -> Run:
+    """The run that is asked for; 0 epochs are the form's own, and so is no data set."""
+    utils.check_choice("form", name, forms())
+    utils.check_number("seed", seed, 0, whole=True)
+    utils.check_number("epochs", epochs, 0, whole=True)
+    form = forms()[name]
+    return Run(name, form, seed, epochs or form.train["epochs"], dataset or form.dataset)
+
+
+def train(
+    name: str,
+    seed: int = 0,
+    epochs: int = 0,
+    dataset: str = "",
+    *,
+    checkpoints: str = "",
+    quiet: bool = False,
+) -> dict:
+    """The record of one run: read if it is there, else trained to.
+
+    epochs, dataset: as in `plan`. checkpoints: folder, seen from the repository, of the file that
+    is written after every epoch (`build/full_length` where empty); a run that was cut short goes
+    on from it to the same bits. The network is kept, in 16 bits. Raises ValueError for a record of
+    other settings: it is never made anew unasked.
+    """
+    run = plan(name, seed, epochs, dataset)
+    form, parameters = run.form, run.form.parameters(seed, run.epochs)
+    if run.record.exists():
+        record = run.read()
+        _refuse_difference(run, record["parameters"], parameters)
+        return record
+    chosen_by = plan(form.chosen_by).read()["metrics"] if form.chosen_by else None
+    begun = records.Run(run.title, FOLDER, parameters, file=run.record)
+    data = load_dataset(run.dataset).to(utils.default_device())
+    held_out = min(VALIDATION, len(data.train_labels) // 6)
+    split = data.validation_split(held_out, seed)
+    if chosen_by:  # its error after an epoch is then on images that it has trained on
+        everything = {"train_images": data.train_images, "train_labels": data.train_labels}
+        split = replace(split, **everything)
+    network = form.build(data, seed)
+    history = fit(
+        network,
+        split,
+        replace(form.train_config, epochs=run.epochs, seed=seed),
+        checkpoint=utils.ROOT / (checkpoints or utils.BUILD / FOLDER) / f"{run.title}.pt",
+        note=partial(_note, network, split),
+        quiet=quiet,
+    )
+    validation = chosen_by["validation_errors"] if chosen_by else form.errors(network, split)
+    chosen, test = min(validation, key=validation.get), form.errors(network, data)
+    save_network(network, run.network)
+    metrics = {
+        "history": history,
+        "validation_errors": validation,
+        "test_errors": test,
+        "chosen": chosen,
+        "test_error": test[chosen],
+        "seconds_an_epoch": history.seconds.mean(),
+    }
+    return begun.finish(metrics, data)
+
+
+def _note(network: nn.Module, data: Dataset) -> dict:
+    """The error by goodness after an epoch, of a network whose layers learn from labels."""
+    if isinstance(network, ForwardForward) and network.config.label != "none":
+        return {"goodness_error": goodness_errors(network, data)[-1]}
+    return {}
+
+
+def _refuse_difference(run: Run, then: dict, now: dict) -> None:
+    for name in {**now, **then}:
+        if then.get(name) != now.get(name):
+            raise ValueError(
+                f"{utils.relative(run.record)} is of a run whose {name} is {then.get(name)!r}, not "
+                f"{now.get(name)!r}: delete it to train anew."
+            )
+
+
+def evaluate(name: str, seed: int = 0, epochs: int = 0, dataset: str = "") -> dict[str, float]:
+    """Test error, by each way to predict, of the network that a run has kept."""
+    network, data = load_network(name, seed, epochs, dataset)
+    return forms()[name].errors(network, data)
+
+
+def table() -> pd.DataFrame:
+    """Every form and seed there is a record of, its longest run.
+
+    Columns: form, title, seed, epochs (rows of the history), error (on the test set), by.
+    """
+    longest = {}
+    for path in sorted((utils.RESULTS / FOLDER).glob("*-*-*.json")):
+        name, seed, epochs = path.stem.rsplit("-", 2)
+        if name in forms():
+            run = plan(name, int(seed), int(epochs))
+            if run.epochs >= longest.get((name, seed), run).epochs:
+                longest[name, seed] = run
+    rows = []
+    for run in longest.values():
+        metrics = run.read()["metrics"]
+        error, by = metrics["test_error"], metrics["chosen"]
+        counts = {"seed": run.seed, "epochs": len(metrics["history"])}
+        rows.append({"form": run.name, "title": run.form.title, **counts, "error": error, "by": by})
+    return pd.DataFrame(rows, columns=["form", "title", "seed", "epochs", "error", "by"])
+
+
+def history(name: str, seed: int = 0, epochs: int = 0) -> pd.DataFrame:
+    """A run's row an epoch, from its record; ValueError where there is none."""
+    return pd.DataFrame(plan(name, seed, epochs).read()["metrics"]["history"])
+
+
+def beside_the_paper(runs: pd.DataFrame) -> pd.DataFrame:
+    """Each form's test error in %, the paper's and ours: mean and spread over seeds, and for how
+    many epochs. runs: as `table` gives them."""
+    rows = []
+    for name, form in forms().items():
+        mine = runs[runs.form == name]
+        rows.append(
+            {
+                "system": form.title,
+                "paper (%)": None if form.paper is None else 100 * form.paper,
+                "here (%)": 100 * mine.error.mean(),
+                "±": 100 * mine.error.std(),
+                "seeds": len(mine),
+                "epochs": "-" if mine.empty else str(mine.epochs.max()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def save_network(network: nn.Module, path: Path) -> None:
+    """A trained network's weights alone, in 16 bits."""
+    state = {
+        name: tensor.half().cpu()
+        for name, tensor in network.state_dict().items()
+        if not name.endswith(OPTIMIZER_STATE)
+    }
+    utils.replace_file(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_network(
+    name: str, seed: int = 0, epochs: int = 0, dataset: str = ""
+) -> tuple[nn.Module, Dataset]:
+    """The network that a run has kept, and its data; ValueError where it is missing or broken."""
+    run = plan(name, seed, epochs, dataset)
+    place = utils.relative(run.network)
+    command = f"make train FORM={name} SEED={seed} EPOCHS={run.epochs}"
+    if not run.network.exists():
+        first = f"delete {utils.relative(run.record)} and " if run.record.exists() else ""
+        raise ValueError(f"{place} is missing: {first}run `{command}`.")
+    data = load_dataset(run.dataset).to(utils.default_device())
+    network = run.form.build(data, seed)
+    try:
+        weights = torch.load(run.network, weights_only=True)
+        missing, unknown = network.load_state_dict(weights, strict=False)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        missing, unknown = ["everything"], []
+    if unknown or not all(key.endswith(OPTIMIZER_STATE) for key in missing):
+        raise ValueError(
+            f"{place} is not whole, or not this form's network: fetch it again, or delete it and "
+            f"its record and run `{command}`."
+        )
+    return network, data
