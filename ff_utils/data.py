@@ -1,0 +1,385 @@
+"""Images, checked by checksum: MNIST, Fashion-MNIST, CIFAR-10, and two built-in sets of digits."""
+
+import gzip
+import hashlib
+import pickle
+import sys
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ff_utils import utils
+from ff_utils.utils import check_choice, check_number
+
+TITLES = {
+    "mnist": "MNIST",
+    "fashion_mnist": "Fashion-MNIST",
+    "cifar10": "CIFAR-10",
+    "digits": "8x8 digits",
+    "colour_digits": "8x8 colour digits",
+}
+DATASETS = ("auto", *TITLES)
+TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
+TIMEOUT_SECONDS = 30
+
+# Files of each data set in the order they are read, with the checksum of each; for MNIST also of
+# the same files unpacked, as torchvision leaves them.
+REGISTRY = {
+    "mnist": {
+        "train-images-idx3-ubyte.gz": "sha256:"
+        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        "train-labels-idx1-ubyte.gz": "sha256:"
+        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        "t10k-images-idx3-ubyte.gz": "sha256:"
+        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        "t10k-labels-idx1-ubyte.gz": "sha256:"
+        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+    },
+    "fashion_mnist": {
+        "train-images-idx3-ubyte.gz": "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "train-labels-idx1-ubyte.gz": "md5:25c81989df183df01b3e8a0aad5dffbe",
+        "t10k-images-idx3-ubyte.gz": "md5:bef4ecab320f06d8554ea6380940ec79",
+        "t10k-labels-idx1-ubyte.gz": "md5:bb300cfdad3c16e7a12a480ee83cd310",
+    },
+    "cifar10": {"cifar-10-python.tar.gz": "md5:c58f30108f718f92721af3b95e74349a"},
+}
+UNPACKED = {
+    "mnist": {
+        "train-images-idx3-ubyte": "sha256:"
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "train-labels-idx1-ubyte": "sha256:"
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "t10k-images-idx3-ubyte": "sha256:"
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "t10k-labels-idx1-ubyte": "sha256:"
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    },
+}
+MIRRORS = {
+    "mnist": (
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    ),
+    "fashion_mnist": (
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+    ),
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/",),
+}
+TORCHVISION_FOLDERS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
+
+
+class DataNotFoundError(RuntimeError):
+    """The files of a data set are neither on disk nor to be downloaded."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images (N, pixels) float32 in [0, 1] and labels (N,) int64, for training and for testing.
+
+    shape: (height, width) of an image, or (channels, height, width) of one in colour.
+    checksum: SHA-256 of the files that were read.
+    fallback: empty, or says why this is not the data set that was asked for.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    classes: int
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    checksum: str
+    fallback: str = ""
+
+    @property
+    def pixels(self) -> int:
+        """Numbers in one image."""
+        return self.train_images.shape[1]
+
+    @property
+    def title(self) -> str:
+        """Name for a figure's title; says so when it is a stand-in."""
+        title = TITLES.get(self.name, self.name)
+        return f"{title} (stand-in: MNIST not found)" if self.fallback else title
+
+    def subset(self, train: int | None, test: int | None = None) -> "Dataset":
+        """The first `train` and `test` samples; None keeps all."""
+        for name, wanted, count in (
+            ("train_size", train, len(self.train_labels)),
+            ("test_size", test, len(self.test_labels)),
+        ):
+            if wanted is not None:
+                check_number(name, wanted, 1, count, whole=True)
+        return replace(
+            self,
+            train_images=self.train_images[:train],
+            train_labels=self.train_labels[:train],
+            test_images=self.test_images[:test],
+            test_labels=self.test_labels[:test],
+        )
+
+    def validation_split(self, size: int, seed: int) -> "Dataset":
+        """Hold `size` random training samples out: they replace the test set of the result."""
+        count = len(self.train_labels)
+        check_number("validation_size", size, 1, count - 1, whole=True)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        held_out, kept = order[:size], order[size:]
+        return replace(
+            self,
+            train_images=self.train_images[kept],
+            train_labels=self.train_labels[kept],
+            test_images=self.train_images[held_out],
+            test_labels=self.train_labels[held_out],
+        )
+
+    def to(self, device: str | torch.device) -> "Dataset":
+        """The same data on `device`."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
+
+
+def test_batches(data: Dataset, rows: int = 2000) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The test images and labels in order, `rows` at a time."""
+    yield from zip(data.test_images.split(rows), data.test_labels.split(rows), strict=True)
+
+
+def load_dataset(
+    name: str = "auto", train_size: int | None = None, test_size: int | None = None
+) -> Dataset:
+    """Load a data set by name.
+
+    `auto` is MNIST where it is on disk or can be downloaded, else the built-in digits, with a
+    warning. Raises ValueError for an unknown name or size, a file whose checksum is wrong or an
+    `FF_DATA_DIR` that is no folder, DataNotFoundError without files and network.
+    """
+    check_choice("dataset", name, DATASETS)
+    load = {"digits": _digits, "colour_digits": _colour_digits, "cifar10": _cifar10}
+    if name != "auto":
+        data = load[name]() if name in load else _mnist(name)
+        return data.subset(train_size, test_size)
+    try:
+        return _mnist("mnist").subset(train_size, test_size)
+    except DataNotFoundError as error:
+        digits = replace(_digits(), fallback=str(error))
+        print(f"WARNING: using scikit-learn's 8x8 digits instead of MNIST. {error}", flush=True)
+        limits = (len(digits.train_labels), len(digits.test_labels))
+        sizes = (train_size, test_size)
+        return digits.subset(*(s and min(s, n) for s, n in zip(sizes, limits, strict=True)))
+
+
+def is_downloaded(name: str) -> bool:
+    """Whether the files of a downloaded data set are on disk, so that nothing is downloaded."""
+    return all(any(_on_disk(name, file_name)) for file_name in REGISTRY[name])
+
+
+def _digits() -> Dataset:
+    """scikit-learn's 1,797 8x8 digits; a fixed shuffle, the last 360 are the test set."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    order = np.random.default_rng(0).permutation(len(bunch.target))
+    images = torch.from_numpy(bunch.data[order] / 16).float()
+    labels = torch.from_numpy(bunch.target[order]).long()
+    checksum = _sha256(images.numpy().tobytes(), labels.numpy().tobytes())
+    parts = images[:-360], labels[:-360], images[-360:], labels[-360:]
+    return Dataset("digits", (8, 8), 10, *parts, checksum)
+
+
+def _colour_digits() -> Dataset:
+    """The 8x8 digits, each in a colour of its own on a ground of another, (3, 8, 8): the colours
+    say nothing of the class."""
+    digits, generator = _digits(), np.random.default_rng(1)
+
+    def tinted(images: torch.Tensor) -> torch.Tensor:
+        colours = generator.random((2, len(images), 3, 1), dtype=np.float32)
+        # At least half of the range apart in brightness, so that every digit can be read.
+        ink, ground = torch.from_numpy(colours * 0.5 + np.float32([0.5, 0])[:, None, None, None])
+        share = images[:, None]
+        return (share * ink + (1 - share) * ground).flatten(1)
+
+    train, test = tinted(digits.train_images), tinted(digits.test_images)
+    return replace(
+        digits,
+        name="colour_digits",
+        shape=(3, 8, 8),
+        train_images=train,
+        test_images=test,
+        checksum=_sha256(train.numpy().tobytes(), test.numpy().tobytes()),
+    )
+
+
+def _mnist(name: str) -> Dataset:
+    """MNIST or Fashion-MNIST from its four IDX files."""
+    files = [_find(name, file_name) for file_name in REGISTRY[name]]
+    contents = [path.read_bytes() for path in files]
+    train_images, train_labels, test_images, test_labels = (
+        _idx_array(gzip.decompress(raw) if path.suffix == ".gz" else raw)
+        for path, raw in zip(files, contents, strict=True)
+    )
+    return Dataset(
+        name=name,
+        shape=tuple(train_images.shape[1:]),
+        classes=10,
+        train_images=train_images.flatten(1).float().div_(255),
+        train_labels=train_labels.long(),
+        test_images=test_images.flatten(1).float().div_(255),
+        test_labels=test_labels.long(),
+        checksum=_sha256(*contents),
+    )
+
+
+def _idx_array(raw: bytes) -> torch.Tensor:
+    """Array of unsigned bytes in an IDX file: 4 bytes, the last the dimensions; sizes; values."""
+    shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4).tolist()
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=4 + 4 * raw[3]).view(shape)
+
+
+ARRAY_PARTS = {
+    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+}
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads arrays in plain containers; whatever else a pickle names is refused, not run."""
+
+    def find_class(self, module: str, name: str) -> object:
+        """What a pickle names, if it is part of an array."""
+        if (module, name) not in ARRAY_PARTS:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return ARRAY_PARTS[module, name]
+
+
+def _cifar10() -> Dataset:
+    """CIFAR-10 from its archive of Python pickles: five training batches, one test batch."""
+    (archive_name,) = REGISTRY["cifar10"]
+    path = _find("cifar10", archive_name)
+    names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+    images, labels = [], []
+    try:
+        with tarfile.open(path) as archive:
+            for name in names:
+                member = archive.extractfile(f"cifar-10-batches-py/{name}")
+                batch = _ArraysOnly(member, encoding="bytes").load()
+                images.append(torch.from_numpy(batch[b"data"]).view(-1, 3 * 32 * 32))
+                labels.append(torch.tensor(batch[b"labels"]))
+    except (OSError, EOFError, KeyError, tarfile.TarError, pickle.UnpicklingError) as error:
+        place = utils.relative(path)
+        raise ValueError(f"{place} is not CIFAR-10's archive: delete it ({error}).") from error
+    return Dataset(
+        name="cifar10",
+        shape=(3, 32, 32),
+        classes=10,
+        train_images=torch.cat(images[:-1]).float().div_(255),
+        train_labels=torch.cat(labels[:-1]),
+        test_images=images[-1].float().div_(255),
+        test_labels=labels[-1],
+        checksum=_sha256(path.read_bytes()),
+    )
+
+
+def _sha256(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _on_disk(dataset: str, file_name: str) -> Iterator[tuple[Path, str]]:
+    """Every such file in the folders that are searched, unpacked ones too, with its checksum."""
+    names = {file_name: REGISTRY[dataset][file_name]}
+    unpacked = file_name.removesuffix(".gz")
+    if checksum := UNPACKED.get(dataset, {}).get(unpacked):
+        names[unpacked] = checksum
+    folders = utils.data_folders(dataset)
+    if dataset in TORCHVISION_FOLDERS:
+        folders += utils.data_folders(TORCHVISION_FOLDERS[dataset])
+        folders = [place for folder in folders for place in (folder, folder / "raw")]
+    for folder in folders:
+        for name, checksum in names.items():
+            if (folder / name).is_file():
+                yield folder / name, checksum
+
+
+def _find(dataset: str, file_name: str) -> Path:
+    """The checked file: on disk if it is there, else downloaded from a mirror."""
+    download_to = utils.DATA / dataset
+    for path, checksum in _on_disk(dataset, file_name):
+        if _matches(path, checksum):
+            return path
+        # Fashion-MNIST's files have MNIST's names: a folder may hold the other's.
+        of_another = any(
+            _matches(path, known) for files in REGISTRY.values() for known in files.values()
+        )
+        if path.parent != download_to and not of_another:
+            raise ValueError(
+                f"{utils.relative(path)} is not {dataset}'s file (its checksum differs): delete "
+                "or replace it."
+            )
+    return _download(dataset, file_name, download_to)
+
+
+def _matches(path: Path, checksum: str) -> bool:
+    algorithm, expected = checksum.split(":")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest() == expected
+
+
+def _download(dataset: str, file_name: str, folder: Path) -> Path:
+    """Fetch a file into `folder` from the first mirror that gives it whole."""
+    remedy = "set FF_DATA_DIR to a folder that holds the file"
+    try:
+        import pooch
+        from requests import RequestException
+    except ModuleNotFoundError as error:
+        raise DataNotFoundError(
+            f"{file_name} is not on disk, and pooch, which would fetch it, is not installed: "
+            f"{remedy}, or choose dataset=digits."
+        ) from error
+    damaged, failures = (folder / file_name).exists(), []
+    for mirror in MIRRORS[dataset]:
+        source = pooch.create(folder, base_url=mirror, registry=REGISTRY[dataset])
+        fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=TIMEOUT_SECONDS)
+        try:
+            return Path(source.fetch(file_name, downloader=fetch))
+        except ValueError:
+            failures.append(f"{mirror}: altered or cut short")
+        except RequestException as error:
+            failures.append(f"{mirror}: {type(error).__name__}")
+        except OSError as error:
+            raise DataNotFoundError(
+                f"{file_name} could not be written to {utils.relative(folder)} "
+                f"({error.strerror or error}): make that folder writable, {remedy}, or choose "
+                "dataset=digits."
+            ) from error
+    tried, place = "; ".join(failures), utils.relative(folder / file_name)
+    if damaged:
+        raise ValueError(
+            f"{place} is damaged and no good copy could be downloaded ({tried}): delete it, or "
+            f"{remedy}."
+        )
+    raise DataNotFoundError(
+        f"{place} is missing and could not be downloaded ({tried}): connect to the network, "
+        f"{remedy}, or choose dataset=digits."
+    )
+
+
+def main() -> None:
+    """Fetch MNIST and say where it is (`make data`)."""
+    try:
+        data = load_dataset("auto")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(
+        f"{data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test "
+        f"images of {data.shape[0]}x{data.shape[1]}, sha256 {data.checksum[:12]}"
+    )
+
+
+if __name__ == "__main__":
+    main()
