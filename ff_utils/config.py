@@ -104,7 +104,8 @@ class RecurrentConfig(LayerConfig):
     label_scale: value of the label's unit on top of the network.
     damping: share of a layer's old activations in its new ones.
     steps: time steps of training, at least one a layer.
-    first, last: time steps, from 1, whose goodness is summed to predict.
+    first: first of the time steps, from 1, whose goodness is summed to predict.
+    last: last of them.
     seed: of the initial weights.
     """
 

@@ -354,7 +354,7 @@ def _download(dataset: str, file_name: str, folder: Path) -> Path:
         except OSError as error:
             raise DataNotFoundError(
                 f"{file_name} could not be written to {utils.relative(folder)} "
-                f"({error.strerror or error}): make that folder writable, {remedy}, or choose "
+                f"({type(error).__name__}): make that folder writable, {remedy}, or choose "
                 "dataset=digits."
             ) from error
     tried, place = "; ".join(failures), utils.relative(folder / file_name)
