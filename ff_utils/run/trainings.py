@@ -111,23 +111,26 @@ class Run:
     dataset: str
 
     @property
+    def own_data(self) -> bool:
+        """Whether it is on the form's data set, and so one of the study's."""
+        return self.dataset == self.form.dataset
+
+    @property
     def title(self) -> str:
         """Names the record and the checkpoint, so that no other run overwrites them."""
-        return f"{self.name}-{self.seed}-{self.epochs}"
+        title = f"{self.name}-{self.seed}-{self.epochs}"
+        return title if self.own_data else f"{title}-{self.dataset}"
 
     @property
     def record(self) -> Path:
-        """Its record; of another data set than the form's apart from the study's."""
-        if self.dataset != self.form.dataset:
-            return utils.BUILD / FOLDER / self.dataset / f"{self.title}.json"
-        return records.record_path(self.title, FOLDER)
+        """Its record; of other data in build/, apart from the study's."""
+        folder = utils.RESULTS if self.own_data else utils.BUILD
+        return folder / FOLDER / f"{self.title}.json"
 
     @property
     def network(self) -> Path:
         """The weights that it learned: FORM-SEED.pt after the form's own epochs."""
-        if self.dataset != self.form.dataset:
-            return self.record.with_suffix(".pt")
-        own = self.epochs == self.form.train["epochs"]
+        own = self.own_data and self.epochs == self.form.train["epochs"]
         return NETWORKS / (f"{self.name}-{self.seed}.pt" if own else f"{self.title}.pt")
 
     def read(self) -> dict:
