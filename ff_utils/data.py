@@ -115,12 +115,11 @@ class Dataset:
         ):
             if wanted is not None:
                 check_number(name, wanted, 1, count, whole=True)
-        return replace(
-            self,
-            train_images=self.train_images[:train],
-            train_labels=self.train_labels[:train],
-            test_images=self.test_images[:test],
-            test_labels=self.test_labels[:test],
+        return self._with_tensors(
+            self.train_images[:train],
+            self.train_labels[:train],
+            self.test_images[:test],
+            self.test_labels[:test],
         )
 
     def validation_split(self, size: int, seed: int) -> "Dataset":
@@ -129,17 +128,15 @@ class Dataset:
         check_number("validation_size", size, 1, count - 1, whole=True)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         held_out, kept = order[:size], order[size:]
-        return replace(
-            self,
-            train_images=self.train_images[kept],
-            train_labels=self.train_labels[kept],
-            test_images=self.train_images[held_out],
-            test_labels=self.train_labels[held_out],
-        )
+        images, labels = self.train_images, self.train_labels
+        return self._with_tensors(images[kept], labels[kept], images[held_out], labels[held_out])
 
     def to(self, device: str | torch.device) -> "Dataset":
         """The same data on `device`."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
+        return self._with_tensors(*(getattr(self, name).to(device) for name in TENSORS))
+
+    def _with_tensors(self, *tensors: torch.Tensor) -> "Dataset":
+        return replace(self, **dict(zip(TENSORS, tensors, strict=True)))
 
 
 def test_batches(data: Dataset, rows: int = 2000) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
