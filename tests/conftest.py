@@ -1,14 +1,54 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from ff_utils import datasets
+from ff_utils import utils
+from ff_utils.data import Dataset, is_downloaded, load_dataset
 
 
 @pytest.fixture(scope="session")
-def data():
-    """Real MNIST where it is at hand, else the built-in digits; never a download."""
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(datasets, "MIRRORS", {"mnist": (), "fashion_mnist": ()})
-            return datasets.load("mnist")
-    except datasets.DataNotFoundError:
-        return datasets.load("digits")
+def data() -> Dataset:
+    """MNIST where it is downloaded, else the built-in digits."""
+    return load_dataset("mnist" if is_downloaded("mnist") else "digits")
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory) -> Path:
+    """The repository as a fresh clone has it, with this environment."""
+    folder = tmp_path_factory.mktemp("clone") / "repository"
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=utils.ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        if (utils.ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(utils.ROOT / name, folder / name)
+    # An environment of the copy's own, whose packages are those of this one.
+    environment = folder / "environment" / "bin"
+    environment.mkdir(parents=True)
+    python = environment / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}" exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    (folder / "environment" / "ready").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smoke(clone) -> Path:
+    """The clone after `make reproduce PROFILE=smoke`: the one run that all tests read."""
+    done = make(clone, "reproduce", "PROFILE=smoke")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return clone
+
+
+def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """`make` in a clone, which reads the data that this checkout reads."""
+    downloaded = [str(f) for f in utils.data_folders("mnist") if f.exists()]
+    environment = os.environ | ({"FF_DATA_DIR": downloaded[0]} if downloaded else {})
+    command = ["make", "VENV=environment", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
