@@ -1,6 +1,35 @@
-"""Forward-Forward in PyTorch, trained and weighed against backpropagation.
+"""Forward-Forward in PyTorch, trained and measured against backpropagation.
 
-Modules, each importing only those before it: checks, paths, files, progress,
-datasets, pairs, layers, networks, training, language, memory, results, reference, figures, readme,
-pipeline, points, sweep.
+The names below are what a user imports. Each is loaded when it is first used, because make starts
+many processes and most of them need no PyTorch. README shows the rooms of this package.
 """
+
+from importlib import import_module
+
+_HOMES = {
+    "ForwardForward": "ff.network",
+    "LocalForwardForward": "ff.local",
+    "RecurrentForwardForward": "ff.recurrent",
+    "OffloadedForwardForward": "offload",
+    "Backprop": "backprop",
+    "mlp": "backprop",
+    "FFConfig": "config",
+    "LocalConfig": "config",
+    "RecurrentConfig": "config",
+    "TrainConfig": "config",
+    "load_dataset": "data",
+    "fit": "training",
+    "fit_greedy_cached": "training",
+    "error_rate": "training",
+    "goodness_errors": "training",
+    "ARMS": "memory.arms",
+    "measure": "memory.measure",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    """A public name, from the module that holds it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ff_utils' has no attribute {name!r}")
+    return getattr(import_module(f"ff_utils.{_HOMES[name]}"), name)
