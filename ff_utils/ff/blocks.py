@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +21,7 @@ from ff_utils.ff.network import EVALUATION_ROWS, classification_error
 from ff_utils.utils import check_choice, check_number
 
 LOCAL_LOSSES = ("classifier", "goodness")
+IMAGE_LABELS = ("pixels", "waves")
 TORCH_OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 CHUNK_ELEMENTS = 2**24  # logits at a time where a loss is computed in chunks
 
@@ -78,6 +79,10 @@ def _outermost_blocks(module: nn.Module, name: str) -> Iterator[Block]:
         yield from _outermost_blocks(child, f"{name}{child_name}.")
 
 
+def _holds_matrix(module: nn.Module) -> bool:
+    return any(parameter.dim() > 1 for parameter in module.parameters())
+
+
 def task_loss(
     network: nn.Module, inputs: object, labels: torch.Tensor | None, loss: Callable | None = None
 ) -> torch.Tensor:
@@ -101,10 +106,10 @@ def task_loss(
             )
         return output
     if labels.is_floating_point():
-        return F.mse_loss(output, labels)
+        return functional.mse_loss(output, labels)
     if labels.dim() > 1 and output.shape[:-1] == labels.shape:
-        return F.cross_entropy(output.flatten(0, -2), labels.flatten())
-    return F.cross_entropy(output, labels)
+        return functional.cross_entropy(output.flatten(0, -2), labels.flatten())
+    return functional.cross_entropy(output, labels)
 
 
 def call(network: nn.Module, inputs: object) -> object:
@@ -123,8 +128,8 @@ def chunked_cross_entropy(
     """
 
     def loss_of(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(rows, head.weight, head.bias)
-        return F.cross_entropy(logits, targets, reduction="sum")
+        logits = functional.linear(rows, head.weight, head.bias)
+        return functional.cross_entropy(logits, targets, reduction="sum")
 
     features, labels = features.flatten(0, -2), labels.flatten()
     size = max(1, CHUNK_ELEMENTS // head.out_features)
@@ -134,25 +139,27 @@ def chunked_cross_entropy(
     return total / len(labels)
 
 
-def split_batch(batch: object, parts: int) -> list[tuple[object, float]]:
+def split_batch(batch: object, parts: int, short: bool = False) -> list[tuple[object, float]]:
     """`batch` in up to `parts` micro-batches, each with its share of the rows.
 
-    Every tensor as long as the first one is split; other values go to every part.
+    Every tensor as long as the first one is split; other values go to every part. short: only the
+    first two parts and the last one, which is enough to simulate the memory of all.
     """
     leaves, structure = tree_flatten(batch)
     rows = next((len(leaf) for leaf in leaves if torch.is_tensor(leaf) and leaf.dim()), 1)
+    if (parts := min(parts, rows)) == 1:
+        return [(batch, 1.0)]
     split = [
-        leaf.tensor_split(min(parts, rows))
+        leaf.tensor_split(parts)
         if torch.is_tensor(leaf) and leaf.dim() and len(leaf) == rows
-        else [leaf] * min(parts, rows)
+        else [leaf] * parts
         for leaf in leaves
     ]
-    sizes = [len(part) for part in torch.arange(rows).tensor_split(min(parts, rows))]
-    columns = zip(*split, strict=True)
-    return [
-        (tree_unflatten(list(part), structure), size / rows)
-        for part, size in zip(columns, sizes, strict=True)
+    found = [
+        (tree_unflatten(list(part), structure), (rows // parts + (number < rows % parts)) / rows)
+        for number, part in enumerate(zip(*split, strict=True))
     ]
+    return [*found[:2], found[-1]] if short and len(found) > 3 else found
 
 
 class _LastBlockDone(Exception):  # noqa: N818
@@ -168,10 +175,13 @@ class BlockLocal(nn.Module):
     trains with it. Predictions are the network's.
     loss "goodness": each block raises its mean squared output above `threshold` on positive
     samples and lowers it on negative ones, twice as many rows. Its output goes on with mean square
-    1. Images carry their label, true or wrong, in their first `classes` pixels (Hinton, section
-    3.3); negative token sequences are shuffled. What follows the last block is not used:
-    predictions are by goodness, of all blocks but the first.
+    1. What follows the last block is not used; predictions are by goodness, of all blocks but the
+    first. Negative images carry a wrong label, negative token sequences are shuffled.
+    label "pixels": the first `classes` pixels are the one-hot label (Hinton, section 3.3).
+    label "waves": a wave is added whose direction is the class's, so that every convolution sees
+    the label (Scodellaro et al., arXiv 2312.14924); images are of `shape`, flat or not.
     Each parameter is updated, and its gradient freed, as soon as the gradient is complete.
+    blocks: as in `find_blocks`. network_loss: as in `task_loss`. short: as in `split_batch`.
     """
 
     def __init__(
@@ -184,19 +194,21 @@ class BlockLocal(nn.Module):
         optimizer: str = "adam",
         learning_rate: float = 1e-3,
         threshold: float = 2.0,
+        label: str = "pixels",
+        shape: tuple[int, ...] | None = None,
         micro_batches: int = 1,
         network_loss: Callable | None = None,
+        short: bool = False,
     ) -> None:
         super().__init__()
         check_choice("loss", loss, LOCAL_LOSSES)
         check_choice("optimizer", optimizer, TORCH_OPTIMIZERS)
         check_number("micro_batches", micro_batches, 1, whole=True)
+        check_choice("label", label, IMAGE_LABELS)
         self.network, self.classes, self.loss = network, classes, loss
-        self.threshold, self.micro_batches, self.network_loss = (
-            threshold,
-            micro_batches,
-            network_loss,
-        )
+        self.label, self.shape = label, shape
+        self.threshold, self.network_loss = threshold, network_loss
+        self.micro_batches, self.short = micro_batches, short
         self.blocks = [block.name for block in find_blocks(network, blocks)]
         for name, block in zip(self.blocks, find_blocks(network, blocks), strict=True):
             block.modules[-1].register_forward_hook(
@@ -210,7 +222,7 @@ class BlockLocal(nn.Module):
         self._mode: str | None = None
         self._ran: list[tuple[str, torch.Tensor]] = []
         self.settings = {"blocks": self.blocks, "loss": loss, "optimizer": optimizer}
-        self.settings |= {"threshold": threshold, "micro_batches": micro_batches}
+        self.settings |= {"label": label, "threshold": threshold, "micro_batches": micro_batches}
         self.settings |= {"parameters": [list(p.shape) for p in network.parameters()]}
 
     def forward(self, inputs: object) -> object:
@@ -267,7 +279,7 @@ class BlockLocal(nn.Module):
         if not self.optimizers:
             self.prepare(inputs, labels)
         losses: dict[str, torch.Tensor] = {}
-        parts = split_batch((inputs, labels), self.micro_batches)
+        parts = split_batch((inputs, labels), self.micro_batches, self.short)
         for number, ((part, part_labels), share) in enumerate(parts, start=1):
             self._last_part, self._labels, self._share = number == len(parts), part_labels, share
             self._mode, self._ran, self._losses = "train", [], {}
@@ -326,11 +338,13 @@ class BlockLocal(nn.Module):
         if self.loss == "goodness":
             x = goodness_of(y) - self.threshold
             positive, negative = x.chunk(2)
-            return (F.softplus(-positive).mean() + F.softplus(negative).mean()) / 2
+            return (
+                functional.softplus(-positive).mean() + functional.softplus(negative).mean()
+            ) / 2
         if self._labels.dim() == 2:
             return chunked_cross_entropy(y, self._labels, self.classifiers["0"])
         pooled = y.mean(dim=1) if y.dim() == 3 else y.flatten(2).mean(2) if y.dim() > 3 else y
-        return F.cross_entropy(self.classifiers[str(number)](pooled), self._labels)
+        return functional.cross_entropy(self.classifiers[str(number)](pooled), self._labels)
 
     def _with_negatives(self, inputs: object, labels: torch.Tensor | None) -> object:
         x = inputs if torch.is_tensor(inputs) else next(iter(tree_flatten(inputs)[0]))
@@ -338,9 +352,13 @@ class BlockLocal(nn.Module):
             return tree_map(lambda t: torch.cat([t, t[:, torch.randperm(t.shape[1])]]), inputs)
         if labels is None or labels.dim() != 1 or x is not inputs:
             raise ValueError("goodness needs class labels of images (rows,), or token sequences.")
-        classes = self.classes or 10
-        wrong = random_negatives(labels, classes, self._generator)
-        return torch.cat([write_label(x, labels, classes), write_label(x, wrong, classes)])
+        wrong = random_negatives(labels, self.classes or 10, self._generator)
+        return torch.cat([self._labelled(x, labels), self._labelled(x, wrong)])
+
+    def _labelled(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.label == "waves":
+            return add_waves(images, labels, self.classes or 10, self.shape or images.shape[1:])
+        return write_label(images, labels, self.classes or 10)
 
     _generator: torch.Generator = torch.default_generator
 
@@ -348,6 +366,7 @@ class BlockLocal(nn.Module):
 
     def start_training(self, data: Dataset, config: TrainConfig) -> list[None]:
         """The stages of a training: one, in which every batch trains every block."""
+        self.shape, self.classes = self.shape or data.shape, self.classes or data.classes
         if not self.optimizers:
             with torch.random.fork_rng():
                 torch.manual_seed(config.seed)
@@ -375,24 +394,25 @@ class BlockLocal(nn.Module):
     def after_epoch(self, data: Dataset, epoch: int, stage: None = None) -> dict[str, float]:
         """The error on `data`'s test part."""
         self.eval()
-        return {"error": classification_error(self, data)}
+        return {"error": classification_error(self.scores, data)}
 
-    @torch.no_grad()
     def predict(
         self, images: torch.Tensor, by: str | None = None, rows: int = EVALUATION_ROWS
     ) -> torch.Tensor:
-        """Class of each image (N,): the network's, or with goodness the label that has most."""
-        if self.loss == "classifier":
-            return torch.cat([self(part).argmax(1) for part in images.split(rows)])
-        return torch.cat([self._scores(part).argmax(1) for part in images.split(rows)])
+        """Class of each image (N,): the best of `scores`, `rows` images at a time."""
+        return torch.cat([self.scores(part).argmax(1) for part in images.split(rows)])
 
-    def _scores(self, images: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def scores(self, images: torch.Tensor) -> torch.Tensor:
+        """The network's logits (N, classes), or each label's goodness, summed over blocks."""
+        if self.loss == "classifier":
+            return self(images)
         scores = []
-        for label in range(self.classes):
+        for label in range(self.classes or 10):
             self._mode, self._ran = "score", []
             labels = torch.full((len(images),), label, device=images.device)
             try:
-                self(write_label(images, labels, self.classes))
+                self(self._labelled(images, labels))
             except _LastBlockDone:
                 scores.append(sum(squares for _, squares in self._ran))
             finally:
@@ -408,4 +428,26 @@ def goodness_of(y: torch.Tensor) -> torch.Tensor:
 
 def write_label(images: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
     """Images (rows, ...) whose first `classes` pixels hold the one-hot label, as a new tensor."""
+    if images[0].numel() <= classes:
+        raise ValueError(
+            f"goodness needs images of more than {classes} pixels, one for each class."
+        )
     return with_label(images.flatten(1), labels, classes).view_as(images)
+
+
+def add_waves(
+    images: torch.Tensor, labels: torch.Tensor, classes: int, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Images (rows, ...) plus a plane wave, four pixels long, in the direction of each label.
+
+    shape: (..., height, width) of an image.
+    """
+    if len(shape) < 2:
+        raise ValueError(f"label is 'waves', which needs images of two dimensions, not {shape}.")
+    options = {"device": images.device, "dtype": images.dtype}
+    angles = (torch.pi / classes * labels).to(images.dtype).view(-1, 1, 1)
+    down = torch.arange(shape[-2], **options).view(-1, 1)
+    across = torch.arange(shape[-1], **options)
+    waves = torch.cos((down * angles.sin() + across * angles.cos()) * (torch.pi / 2))
+    waves = waves.view(-1, *[1] * (len(shape) - 2), *shape[-2:])
+    return (images.view(-1, *shape) + waves).view_as(images)
