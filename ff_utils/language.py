@@ -22,7 +22,7 @@ from ff_utils.config import FFConfig, TrainConfig
 from ff_utils.data import Dataset, test_batches
 from ff_utils.ff.network import ForwardForward
 from ff_utils.training import fit
-from ff_utils.utils import DATA, ROOT, check_choice, check_number
+from ff_utils.utils import DATA, ROOT, check_choice, check_number, user_path
 
 SYMBOLS = "abcdefghijklmnopqrstuvwxyz ,;."
 FABLES = DATA / "fables.txt"
@@ -52,7 +52,7 @@ def load_text(path: str = "", window: int = 10, held_out: float = 0.1) -> Datase
     """
     check_number("window", window, 1, 100, whole=True)
     check_number("held_out", held_out, 0, 0.5, above=True)
-    source = Path(path) if path else FABLES
+    source = user_path(path) if path else FABLES
     try:
         text = clean(source.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -248,7 +248,7 @@ def choose(
     for tried in ParameterGrid(grid):
         values = {name: tried[name] for name in grid}
         name = "-".join(["language", method, *map(str, values.values())])
-        place = ROOT / checkpoints / f"{name}.pt" if checkpoints else None
+        place = ROOT / Path(checkpoints).expanduser() / f"{name}.pt" if checkpoints else None
         run_config = replace(train_config, **values)
         classify, history = train(method, data, hidden, run_config, checkpoint=place, **settings)
         end = history.iloc[-1]

@@ -4,6 +4,8 @@ Not to learn with: `ff` has each done right. Source: the repository
 diegofiori/test-forward-forward-pytorch, and the `forward_forward` package it trains.
 """
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -133,18 +135,12 @@ class OriginalRecurrent(nn.Module):
             rows = torch.cat([images, images])
         projected = self.projector(normalised(rows))
         self.projector.learn(projected, count)
+        learn = partial(OriginalLayer.learn, positives=count)
         for _ in range(STEPS):
-            new_states, x = [], projected
-            for number, layer in enumerate(self.layers):
-                new_states.append(x)
-                below, same, above = self._around(states, number)
-                x = self._damped(layer, below, same, above)
-                layer.learn(x, count)
-            new_states.append(x)
+            new = self._time_step(states, projected, learn)
             with torch.no_grad():
                 self.softmax(normalised(states[-2][count:].clone())).softmax(dim=1)
-                new_states.append(states[-1].clone())
-            states = new_states
+                states = [*new, states[-1].clone()]
         self.returned = [state[:count] for state in states]
 
     @torch.no_grad()
@@ -155,20 +151,24 @@ class OriginalRecurrent(nn.Module):
         states = self._bottom_up(rows, labels.repeat(len(images), 1))
         projected = self.projector(normalised(rows))
         total = projected.pow(2).mean(dim=1)
+
+        def add(_: OriginalLayer, x: torch.Tensor) -> None:
+            total.add_(x.pow(2).mean(dim=1))
+
         for _ in range(STEPS):
-            new_states, x = [], projected
-            for number, layer in enumerate(self.layers):
-                new_states.append(x)
-                x = self._damped(layer, *self._around(states, number))
-                total += x.pow(2).mean(dim=1)
-            states = [*new_states, x, states[-1]]
+            states = [*self._time_step(states, projected, add), states[-1]]
         return total.view(len(images), self.classes)
 
-    def _around(self, states: list[torch.Tensor], number: int) -> tuple[torch.Tensor, ...]:
-        above = states[number + 2]
-        if number == len(self.layers) - 1:
-            above = self.from_label(normalised(above))
-        return states[number], states[number + 1], above.detach()
+    def _time_step(self, states: list[torch.Tensor], x: torch.Tensor, use: Callable) -> list:
+        """The next states but for the label's, x first; use(layer, state) is called for each."""
+        new = [x]
+        for number, layer in enumerate(self.layers):
+            below, same, above = states[number : number + 3]
+            if number == len(self.layers) - 1:
+                above = self.from_label(normalised(above))
+            new.append(self._damped(layer, below, same, above.detach()))
+            use(layer, new[-1])
+        return new
 
     def _bottom_up(self, images: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
         x, states = self.projector(normalised(images)), []

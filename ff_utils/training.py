@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -21,7 +20,7 @@ from ff_utils.data import Dataset, test_batches
 from ff_utils.ff.negatives import random_negatives
 from ff_utils.ff.network import EVALUATION_ROWS, ForwardForward, classification_error
 from ff_utils.offload import open_store
-from ff_utils.utils import check_number, relative, replace_file, track
+from ff_utils.utils import check_number, relative, replace_file, track, user_path
 
 
 def fit(
@@ -86,7 +85,7 @@ class Checkpoint:
         generator: torch.Generator,
         settings: dict[str, object],
     ) -> None:
-        self.path = Path(path) if path else None
+        self.path = user_path(path) if path else None
         self.parts = [network, *network.optimizers]
         self.generator, self.settings = generator, json.dumps(settings)
 

@@ -115,7 +115,7 @@ def test_fit_gives_the_same_bits_for_a_seed_and_others_for_another(few):
     assert same_state(networks[0], networks[1]) and not same_state(networks[0], networks[2])
 
 
-def test_layerwise_training_leaves_finished_layers_alone(few):
+def test_layerwise_fit_leaves_finished_layers_alone(few):
     network, weights = make(few), []
 
     def remember():
@@ -129,7 +129,7 @@ def test_layerwise_training_leaves_finished_layers_alone(few):
 
 
 @pytest.mark.parametrize("form", [*FORMS, "layerwise", "rollout"])
-def test_a_broken_run_resumes_to_the_bits_of_an_unbroken_one(few, tmp_path, form):
+def test_checkpoint_resumes_a_broken_run_to_the_bits_of_an_unbroken_one(few, tmp_path, form):
     data, changes = few, {"random_shift": 1, "dropout": 0.1}
     if form == "layerwise":
         form, changes = make, {"schedule": form}
@@ -213,14 +213,14 @@ def test_dropout_meets_every_image_once_an_epoch(few, monkeypatch, form):
     assert not history[0].filter(like="loss").equals(history[1].filter(like="loss"))
 
 
-def test_a_dead_layer_stops_training(few):
+def test_fit_stops_at_a_dead_layer(few):
     network = make(few)
     network.layers[1].bias.fill_(-100.0)
     with pytest.raises(FloatingPointError, match="layer 2 is dead in epoch 1"):
         train(network, few, learning_rate=1e-6)
 
 
-def test_a_loss_that_is_not_finite_stops_training_with_layer_epoch_and_remedy(few):
+def test_fit_stops_at_a_loss_that_is_not_finite_with_layer_epoch_and_remedy(few):
     network = make(few)
     network.layers[1].weight[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match=r"layer 2 is nan in epoch 1; lower learning_rate"):
@@ -243,7 +243,7 @@ def test_decay_takes_the_learning_rate_to_zero_over_the_second_half():
     assert training.decay_factor(0.9, "none") == 1
 
 
-def test_updating_the_classifier_for_half_of_the_batches_teaches_nearly_as_well(digits):
+def test_classifier_updated_for_half_of_the_batches_teaches_nearly_as_well(digits):
     network = make(digits)
     history = train(network, digits, epochs=8, classifier_update_prob=0.5)
     assert history.error.iloc[-1] < 0.08
