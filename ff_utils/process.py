@@ -1,0 +1,55 @@
+"""What the operating system says of a process: its resident memory, and what is free."""
+
+import sys
+from pathlib import Path
+
+# The C library gives freed blocks back to the system at once, so that a process's peak is what it
+# needed and not what its allocator kept. Set in the environment of a fresh process.
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def resident_bytes() -> int:
+    """Resident memory now; where the system tells only its peak, the peak so far."""
+    return _status_bytes("VmRSS") or peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """The most resident memory that this process has had since `reset_peak`."""
+    if (peak := _status_bytes("VmHWM")) is not None:
+        return peak
+    try:
+        import resource
+    except ModuleNotFoundError as error:
+        raise OSError("resident memory is measured on Linux, macOS and WSL only.") from error
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def reset_peak() -> bool:
+    """Start a new peak of resident memory; False where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def free_bytes() -> int:
+    """Bytes of the host's memory that can be had."""
+    if (free := _status_bytes("MemAvailable", "/proc/meminfo")) is not None:
+        return free
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def _status_bytes(key: str, path: str = "/proc/self/status") -> int | None:
+    """A size that Linux reports, in bytes. /proc/self/status is of this process alone, where
+    getrusage's peak is inherited from its parent."""
+    status = Path(path)
+    if not status.exists():
+        return None
+    for line in status.read_text().splitlines():
+        if line.startswith(key + ":"):
+            return 1024 * int(line.split()[1])
+    return None
