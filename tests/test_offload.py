@@ -15,6 +15,7 @@ from ff_utils import (
     fit,
     fit_greedy_cached,
     goodness_errors,
+    load_dataset,
     mlp,
     offload,
 )
@@ -28,7 +29,7 @@ TRAIN = TrainConfig(epochs=2, batch_size=40, learning_rate=0.003)
 
 @pytest.fixture(scope="module")
 def digits():
-    return datasets.load("digits", 300)
+    return load_dataset("digits", 300)
 
 
 @pytest.fixture(params=["memory", "files"])
