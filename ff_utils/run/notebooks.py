@@ -268,7 +268,9 @@ def _remove_leftovers(paths: Iterable[Path]) -> None:
     for path in paths:
         number = re.search(r"\.(\d+)(\.ipynb)?$", path.name)
         if number and not psutil.pid_exists(int(number[1])):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(
+                missing_ok=True
+            )
 
 
 def _failure(notebook: Path, temporary: Path, failed: Path, reason: str) -> NotebookError:

@@ -80,7 +80,8 @@ _stopped: set[str] = set()  # keys of the points that `stop` ended
 class Point:
     """What is run (a notebook with all its parameters) and where its files are.
 
-    given: the parameters that differ from point to point.
+    given: the parameters that differ from point to point. lock: the name of the lock it waits for,
+    its own or that of a sweep whose points run alone.
     """
 
     folder: Path
@@ -88,6 +89,7 @@ class Point:
     key: str
     parameters: dict
     given: dict
+    lock: str
 
     def file(self, ending: str) -> Path:
         """The file of this point with this ending."""
@@ -112,27 +114,22 @@ class Point:
         utils.write_text(self.file(".failed.json"), json.dumps(failure) + "\n")
         return FAILED
 
-    def lock(self, name: str) -> filelock.FileLock:
-        """A lock, among this folder's points, that dies with its process."""
-        path = self.folder / ".locks" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return filelock.FileLock(path)
-
     @property
     def title(self) -> str:
         """What it sets, to tell it from the others."""
         return " ".join(f"{name}={_cell(value)}" for name, value in self.given.items())
 
 
-def run_point(point: Point, jobs: int, lock: str) -> str:
+def run_point(point: Point, jobs: int) -> str:
     """Run a point unless it is done; returns DONE, FAILED, or TO_DO where it was stopped.
 
-    jobs: kernels that run side by side on this machine and share its cores. lock: the name of the
-    lock to wait for, the point's own or that of a sweep whose points run alone.
+    jobs: kernels that run side by side on this machine and share its cores.
     """
     from dask.system import CPU_COUNT
 
-    with point.lock(lock):
+    lock = point.folder / ".locks" / point.lock
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(lock):  # which dies with its process
         status = point.status()[0]
         if status == TO_DO:  # and no other sweep has run it meanwhile
             status = _run(point, dict.fromkeys(THREADS, str(max(1, CPU_COUNT // jobs))))
@@ -260,8 +257,9 @@ def resolve(name: str, spec: dict, file: str) -> Sweep:
             parameters["profile"] = "interactive"
         text = json.dumps([path.stem, sorted(parameters.items()), code], default=str)
         key = hashlib.sha256(text.encode()).hexdigest()[:12]
+        lock = "alone" if spec.get("alone") else key
         folder = utils.RESULTS / "sweeps" / name
-        points.setdefault(key, Point(folder, path, key, parameters, given))
+        points.setdefault(key, Point(folder, path, key, parameters, given, lock))
     return Sweep(name, spec, file, list(points.values()))
 
 
@@ -500,7 +498,7 @@ def _run_all(sweep: Sweep, to_do: list[Point], jobs: int, scheduler: str | None)
             jobs = _kernels_of_a_machine(client)
         start = time.monotonic()
         try:
-            for number, (point, status) in enumerate(_finished(client, sweep, to_do, jobs), 1):
+            for number, (point, status) in enumerate(_finished(client, to_do, jobs), 1):
                 spent = time.monotonic() - start
                 left = f"about {_duration(spent / number * (len(to_do) - number))} left"
                 when = left if number < len(to_do) else _duration(spent)
@@ -512,16 +510,11 @@ def _run_all(sweep: Sweep, to_do: list[Point], jobs: int, scheduler: str | None)
             raise
 
 
-def _finished(
-    client: "Client", sweep: Sweep, to_do: list[Point], jobs: int
-) -> Iterator[tuple[Point, str]]:
+def _finished(client: "Client", to_do: list[Point], jobs: int) -> Iterator[tuple[Point, str]]:
     """Each point as it is finished, with what became of it."""
     from distributed import KilledWorker, as_completed
 
-    points = {}
-    for point in to_do:
-        lock = "alone" if sweep.alone else point.key
-        points[client.submit(run_point, point, jobs, lock, pure=False)] = point
+    points = {client.submit(run_point, point, jobs, pure=False): point for point in to_do}
     for future in as_completed(points):
         point = points[future]
         if future.status == "finished":
@@ -536,8 +529,11 @@ def _finished(
 
 
 @contextmanager
-def _cluster(workers: int, scheduler: str | None) -> "Iterator[Client]":
-    """A client of the user's cluster, or of one of our own with workers of one thread."""
+def _cluster(points: int, scheduler: str | None) -> "Iterator[Client]":
+    """A client of the user's cluster, or of one in this process that runs `points` at a time.
+
+    A thread a point is enough, because its work is done in its kernel.
+    """
     from distributed import Client, LocalCluster
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
@@ -545,20 +541,17 @@ def _cluster(workers: int, scheduler: str | None) -> "Iterator[Client]":
         with _their_client(scheduler) as client:
             yield client
         return
-    # Ctrl-C is for this process to see: it ends the workers' kernels, then the workers.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        cluster = LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
+    with (
+        LocalCluster(
+            n_workers=1,
+            threads_per_worker=points,
+            processes=False,
             memory_limit=None,
             dashboard_address=None,
             silence_logs=logging.CRITICAL,
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
-    with cluster, Client(cluster) as client:
+        ) as cluster,
+        Client(cluster) as client,
+    ):
         yield client
 
 
