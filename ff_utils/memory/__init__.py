@@ -1,0 +1,40 @@
+"""How much memory a training step needs: arms, the tracker, four instruments, formulas."""
+
+from ff_utils.memory.arms import ARMS, Arm, Sizes
+from ff_utils.memory.gpu import about, compared, gpu_grid, gpu_metrics
+from ff_utils.memory.measure import (
+    DoesNotFitError,
+    Report,
+    crossing,
+    measure,
+    measure_grid,
+    memory_metrics,
+    saving_map,
+    time_steps,
+    timeline,
+)
+from ff_utils.memory.steps import build
+from ff_utils.memory.tracker import CATEGORIES, MemoryTracker, track_step
+
+__all__ = [
+    "ARMS",
+    "CATEGORIES",
+    "Arm",
+    "DoesNotFitError",
+    "MemoryTracker",
+    "Report",
+    "Sizes",
+    "about",
+    "build",
+    "compared",
+    "crossing",
+    "gpu_grid",
+    "gpu_metrics",
+    "measure",
+    "measure_grid",
+    "memory_metrics",
+    "saving_map",
+    "time_steps",
+    "timeline",
+    "track_step",
+]

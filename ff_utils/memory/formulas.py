@@ -1,0 +1,153 @@
+"""What a step's peak must be, for the arms whose formula a reader can derive.
+
+With W the bytes of all weights and biases, w those of a hidden layer, A one hidden activation, I
+the images, L the depth, and 3 W for weights and Adam's two moments (1 W with SGD). Row vectors,
+logits and step counts are left out: where activations and weights matter a formula is within 1 %.
+It is an oracle for the simulation, which knows every arm exactly.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ff_utils.memory.arms import Sizes
+from ff_utils.memory.steps import MOST_PARTS
+from ff_utils.original import DATASET_ROWS
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """The terms of the formulas, in bytes, and how often weights are there with their moments."""
+
+    copies: int
+    first: int
+    layer: int
+    classifier: int
+    activation: int
+    images: int
+    depth: int
+
+    @property
+    def layers(self) -> int:
+        """All hidden layers' weights and biases."""
+        return self.first + (self.depth - 1) * self.layer
+
+    @property
+    def largest(self) -> int:
+        """The largest hidden layer's."""
+        return max(self.first, self.layer) if self.depth > 1 else self.first
+
+
+def _terms(s: Sizes, more_inputs: int = 0) -> _Bytes:
+    element = getattr(torch, s.precision).itemsize
+    return _Bytes(
+        copies=3 if s.optimizer == "adam" else 1,
+        first=element * (s.pixels + more_inputs + 1) * s.hidden,
+        layer=element * (s.hidden + 1) * s.hidden,
+        classifier=element * (s.hidden + 1) * s.classes,
+        activation=element * s.batch * s.hidden,
+        images=element * s.batch * s.pixels,
+        depth=s.depth,
+    )
+
+
+def backprop(s: Sizes) -> int:
+    """Where the backward pass starts: every activation, and two gradients of one or one and a
+    layer's. Where it ends: the gradients of all weights."""
+    t = _terms(s)
+    weights = t.layers + t.classifier
+    inner = t.layer if t.depth > 1 else t.first
+    start = t.classifier + (t.depth + 1) * t.activation + max(t.activation, inner)
+    end = weights + max(t.activation, 3 * t.activation - t.first)
+    return t.copies * weights + t.images + max(start, end)
+
+
+def best_remedies(s: Sizes) -> int:
+    """One layer's gradient and three activations; or the same of a sixteenth of the batch, and
+    the gradients of all layers, which are added up from part to part."""
+    t = _terms(s)
+    weights = t.layers + t.classifier
+    inner = t.layer if t.depth > 1 else 0
+
+    def one_layer(activation: int) -> int:
+        return max(3 * activation + inner, activation + t.first)
+
+    in_parts = weights + one_layer(t.activation // MOST_PARTS)
+    return t.copies * weights + t.images + min(one_layer(t.activation), in_parts)
+
+
+def ff(s: Sizes) -> int:
+    """One layer's gradient, its input and its output."""
+    t = _terms(s)
+    return t.copies * t.layers + t.largest + t.images + _input_and_output(t)
+
+
+def _input_and_output(t: _Bytes) -> int:
+    inner = 2 * t.activation if t.depth > 1 else 0
+    return max(t.images + t.activation, inner)
+
+
+def ff_hard_negatives(s: Sizes) -> int:
+    """As FF, or the forward pass that predicts the class: an activation of every layer and what
+    the image adds to the first layer, for the images, which are half of the rows."""
+    t = _terms(s)
+    softmax = s.depth * (t.classifier - t.classifier // (s.hidden + 1))
+    predicted = (t.depth + 1) * t.activation // 2
+    step = 2 * t.activation if t.depth > 1 else t.activation * 3 // 2
+    stays = t.copies * (t.layers + softmax) + t.largest + t.images // 2
+    return stays + max(predicted + softmax, step)
+
+
+def ff_streamed(s: Sizes) -> int:
+    """Weights of two layers, moments and gradient of one, its input and its output."""
+    t = _terms(s)
+    copies = min(2, t.depth) + t.copies  # weights twice, moments, one gradient
+    return copies * t.largest + t.images + _input_and_output(t)
+
+
+def ff_layerwise(s: Sizes) -> int:
+    """Weights, moments and gradient of one layer, its input and its output; of the images, only
+    the fortieth that it is evaluated on."""
+    t = _terms(s)
+    return (t.copies + 1) * t.largest + _input_and_output(t) + t.images // 40
+
+
+def backprop_seed(s: Sizes) -> int:
+    """Two activations a layer, and every gradient through the forward pass; or what the backward
+    pass of the last or the first normalisation takes; or two temporaries of Adam's update."""
+    t = _terms(s)
+    weights = t.layers + t.classifier
+    moments = [weights + 2 * t.depth * t.activation, t.classifier + 3 * t.activation]
+    if t.depth > 1:
+        moments.append(t.classifier + t.layer + (2 * t.depth + 2) * t.activation)
+        moments.append(weights - t.first + 6 * t.activation)
+    if t.copies == 3:
+        moments.append(weights + 2 * t.largest)
+    return t.copies * weights + t.images + max(moments)
+
+
+def ff_seed(s: Sizes) -> int:
+    """Weights, their moments and gradients, and the data set's activations in and out of the
+    last layer; the output of a batch on top."""
+    t = _terms(s, more_inputs=s.classes)
+    below = s.hidden if t.depth > 1 else s.pixels + s.classes
+    numbers = DATASET_ROWS * (below + s.hidden) + min(s.batch, DATASET_ROWS) * max(below, s.hidden)
+    return (t.copies + 1) * t.layers + numbers * t.activation // (s.batch * s.hidden)
+
+
+FORMULAS: dict[str, Callable[[Sizes], int]] = {
+    "backprop": backprop,
+    "backprop_frugal": best_remedies,
+    "backprop_seed": backprop_seed,
+    "ff_resident": ff,
+    "ff_hard_negatives": ff_hard_negatives,
+    "ff_streamed": ff_streamed,
+    "ff_layerwise": ff_layerwise,
+    "ff_seed": ff_seed,
+}
+
+
+def predict(arm: str, s: Sizes) -> int | None:
+    """Peak bytes of a training step on the device; None for an arm without a formula."""
+    return FORMULAS[arm](s) if arm in FORMULAS else None

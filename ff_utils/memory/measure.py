@@ -1,0 +1,538 @@
+"""How much memory a training step needs: four instruments, one report.
+
+simulated  live tensor bytes under FakeTensorMode: no data, no arithmetic, any size
+tracked    live tensor bytes of the real step: proof that simulated is exact
+rss        peak resident memory of a fresh process, less its own baseline (Linux, macOS)
+cuda       peak of PyTorch's CUDA allocator in a fresh process
+
+`python -m ff_utils.memory --arm backprop --depth 7` prints a report.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+
+import numpy as np
+import pandas as pd
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ff_utils import process
+from ff_utils.memory import formulas
+from ff_utils.memory.arms import ARMS, OPTIMIZERS, PRECISIONS, Sizes
+from ff_utils.memory.steps import build
+from ff_utils.memory.tracker import CATEGORIES, device_bytes
+from ff_utils.utils import (
+    ROOT,
+    check_choice,
+    check_number,
+    default_device,
+    format_bytes,
+    time_alternately,
+    track,
+)
+
+INSTRUMENTS = ("simulated", "tracked", "rss", "cuda")
+MANY_POINTS = 20  # so many simulations are worth the start of more processes
+PROBES = (1600, 3200)  # rows at which the saving map is simulated
+_simulated: dict[tuple[str, Sizes], "Report"] = {}  # what this process knows already
+
+
+class DoesNotFitError(ValueError):
+    """A step needs more memory than is free."""
+
+
+@dataclass
+class Report:
+    """Peak bytes of one arm's training step and evaluation under one instrument.
+
+    Peaks are the device's; `host_bytes` are kept beside it and `moved_bytes` travel in a step.
+    predicted_bytes: by the formula, for arms that have one. What an instrument cannot know is
+    None; `error` says why a run that died gave no number.
+    """
+
+    arm: str
+    depth: int
+    hidden: int
+    batch: int
+    instrument: str
+    peak_bytes: int | None
+    predicted_bytes: int | None
+    optimizer: str = "adam"
+    precision: str = "float32"
+    breakdown: dict[str, int] | None = None
+    evaluation_peak_bytes: int | None = None
+    host_bytes: int | None = None
+    moved_bytes: int | None = None
+    step_seconds: float | None = None
+    error: str = ""
+
+
+# --- One point ------------------------------------------------------------------------------
+
+
+def measure(
+    arm: str,
+    *,
+    depth: int,
+    hidden: int,
+    batch: int,
+    optimizer: str = "adam",
+    precision: str = "float32",
+    instrument: str = "simulated",
+    override: bool = False,
+) -> Report:
+    """Measure one arm. `rss` and `cuda` run in a fresh process of their own.
+
+    Raises DoesNotFitError before anything runs where a real instrument would need more memory
+    than is free, unless `override`. A process that dies (out of memory, killed) gives a report
+    with `error`, not an exception.
+    """
+    sizes = Sizes(depth, hidden, batch, optimizer, precision)
+    _check(arm, instrument)
+    if instrument == "simulated":
+        return simulate(arm, sizes)
+    if not override:
+        _refuse_what_does_not_fit(arm, sizes, instrument)
+    report = _report(arm, sizes, instrument)
+    if instrument == "tracked" and not override:
+        return _count(report, sizes)
+    options = ["--here", "--json", "--instrument", instrument, "--arm", arm]
+    for name in ("depth", "hidden", "batch", "optimizer", "precision"):
+        options += [f"--{name}", str(getattr(sizes, name))]
+    output, report.error = run_module("ff_utils.memory", options, process.RETURN_FREED_MEMORY)
+    return report if report.error else Report(**json.loads(output))
+
+
+def simulate(arm: str, sizes: Sizes) -> Report:
+    """What a step needs, without doing it; each point once in a process."""
+    key = arm, replace(sizes, device="cpu", store="memory")
+    if key not in _simulated:
+        _simulated[key] = _count(_report(arm, sizes, "simulated"), key[1])
+    return replace(_simulated[key])
+
+
+def timeline(arm: str, *, depth: int, hidden: int, batch: int) -> list[tuple[str, dict[str, int]]]:
+    """Live bytes by category after every operation of one training step, simulated."""
+    _check(arm, "simulated")
+    with FakeTensorMode():
+        return build(arm, Sizes(depth, hidden, batch)).track().timeline
+
+
+def _check(arm: str, instrument: str) -> None:
+    check_choice("instrument", instrument, INSTRUMENTS)
+    check_choice("arm", arm, ARMS)
+    if instrument == "cuda" and not torch.cuda.is_available():
+        raise ValueError("instrument is 'cuda', but there is no CUDA device; use 'simulated'.")
+
+
+def _report(arm: str, s: Sizes, instrument: str) -> Report:
+    predicted = formulas.predict(arm, s)
+    if instrument == "rss" and predicted is not None:
+        predicted += _host_in_memory(arm, s)
+    sizes = {"depth": s.depth, "hidden": s.hidden, "batch": s.batch}
+    kind = {"optimizer": s.optimizer, "precision": s.precision}
+    return Report(
+        arm, **sizes, **kind, instrument=instrument, peak_bytes=None, predicted_bytes=predicted
+    )
+
+
+def _host_in_memory(arm: str, s: Sizes) -> int:
+    """Bytes on the host that stay in memory even where offloaded layers are in files."""
+    return simulate(arm, s).host_bytes if "offload" in ARMS[arm].remedies else 0
+
+
+def _count(report: Report, s: Sizes) -> Report:
+    simulated = report.instrument == "simulated"
+    try:
+        with FakeTensorMode() if simulated else nullcontext():
+            step = build(report.arm, s)
+            before = step.moved()
+            tracker = step.track()
+            report.moved_bytes = (step.moved() - before) // 2  # of one of two equal steps
+            report.peak_bytes = tracker.peak_bytes
+            report.breakdown = {category: tracker.peak[category] for category in CATEGORIES}
+            report.host_bytes = tracker.peak_host_bytes
+            with tracker:
+                tracker.restart()
+                step.evaluate()
+            report.evaluation_peak_bytes = tracker.peak_bytes
+    except (MemoryError, RuntimeError) as error:
+        if simulated or not is_out_of_memory(error):
+            raise
+        report.error = f"out of memory: {str(error).splitlines()[0]}"
+    return report
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out; PyTorch's own is a RuntimeError."""
+    return isinstance(error, MemoryError) or "memory" in str(error).lower()
+
+
+def _refuse_what_does_not_fit(arm: str, s: Sizes, instrument: str) -> None:
+    needed = simulate(arm, s)
+    device, host = needed.peak_bytes, needed.host_bytes
+    if instrument == "cuda":
+        _refuse_beyond(device, torch.cuda.mem_get_info()[0], f"{arm} needs on the device")
+        _refuse_beyond(host, process.free_bytes(), f"{arm} needs on the host")
+        return
+    in_memory = _host_in_memory(arm, s) if instrument == "rss" else host
+    _refuse_beyond(device + in_memory, process.free_bytes(), f"{arm} needs")
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    _refuse_beyond(host - in_memory, free, f"{arm} needs in temporary files")
+
+
+def _refuse_beyond(need: int, free: int, what: str) -> None:
+    if need > free:
+        raise DoesNotFitError(
+            f"{what} {format_bytes(need)} and {format_bytes(free)} are free: lower depth, hidden "
+            "or batch, take the simulated instrument, or override this check."
+        )
+
+
+# --- Processes ------------------------------------------------------------------------------
+
+
+def run_module(module: str, options: list[str], environment: dict[str, str]) -> tuple[str, str]:
+    """Run a module of the package in a fresh process; its output, and why it died or ""."""
+    # The folder is made here, so that it goes even when the process that fills it is killed.
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *options],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | environment | {"TMPDIR": folder},
+            check=False,
+        )
+    if done.returncode == 0:
+        return done.stdout, ""
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    if done.returncode == -9:
+        last = "killed, most often for lack of memory"
+    return "", f"ended with status {done.returncode}: {last}"
+
+
+def _measure_process(report: Report, s: Sizes) -> Report:
+    """Measure this process from outside: resident memory, less what it had before."""
+    # Load what any program loads (thread pools, kernels) before the baseline is read.
+    build("backprop", replace(s, depth=2, hidden=64, batch=64)).train()
+    baseline = process.resident_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        step = build(report.arm, replace(s, store=folder))
+        step.train()
+        can_reset = process.reset_peak()
+        before, start = step.moved(), time.perf_counter()
+        step.train()
+        report.peak_bytes = process.peak_resident_bytes() - baseline
+        report.step_seconds = time.perf_counter() - start
+        report.moved_bytes = step.moved() - before
+        if can_reset:
+            process.reset_peak()
+            step.evaluate()
+            report.evaluation_peak_bytes = process.peak_resident_bytes() - baseline
+    return report
+
+
+def _share(function: Callable, points: list[tuple], what: str) -> list:
+    """`function` of all points in order, by all cores where they are many."""
+    if len(points) < MANY_POINTS:
+        return [function(*points[number]) for number in track(range(len(points)), what)]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(function, *point) for point in points]
+        return [futures[number].result() for number in track(range(len(points)), what)]
+
+
+# --- Many points ----------------------------------------------------------------------------
+
+
+def measure_grid(
+    arms: Sequence[str],
+    depths: Sequence[int],
+    *,
+    hidden: int,
+    batch: int,
+    instruments: Sequence[str] = ("simulated",),
+) -> pd.DataFrame:
+    """Measure every arm at every depth with every instrument; one row a report.
+
+    Many simulations are shared by all cores, before anything real runs. The breakdown's categories
+    are columns, in bytes. What does not fit, or dies, is a row whose `error` says why; the others
+    are measured all the same.
+    """
+    for arm, instrument in product(arms, instruments):
+        _check(arm, instrument)
+    simulate_all([(arm, Sizes(depth, hidden, batch)) for arm in arms for depth in depths])
+    points = list(product(instruments, arms, depths))
+    real = sum(instrument != "simulated" for instrument, *_ in points)
+    rows = []
+    for instrument, arm, depth in track(points, "point") if real else points:
+        sizes = {"depth": depth, "hidden": hidden, "batch": batch}
+        try:
+            report = measure(arm, **sizes, instrument=instrument)
+        except DoesNotFitError as error:
+            report = _report(arm, Sizes(**sizes), instrument)
+            report.error = str(error)
+        row = asdict(report)
+        rows.append(row | (row.pop("breakdown") or {}))
+    return pd.DataFrame(rows)
+
+
+def simulate_all(points: list[tuple[str, Sizes]]) -> None:
+    """Simulate these points, so that `simulate` knows them."""
+    points = [point for point in dict.fromkeys(points) if point not in _simulated]
+    for point, report in zip(points, _share(simulate, points, "simulation"), strict=True):
+        _simulated[point] = report
+
+
+def saving_map(
+    lean: Sequence[str],
+    others: Sequence[str],
+    depths: Sequence[int],
+    batches: Sequence[int],
+    hidden: int,
+) -> pd.DataFrame:
+    """The smallest peak of each group of arms at every depth and batch.
+
+    The bytes after each operation are a constant and so much a row, so that two simulated batches
+    give those of any other (parts of a batch, whose rows are rounded up, nearly). Peaks grow evenly
+    with depth but for checkpoints: three depths are simulated and the others read off the lines.
+    Columns: depth, batch, lean, other (bytes), saved (the share that `lean` saves).
+    """
+    some = sorted({depths[0], depths[len(depths) // 2], depths[-1]})
+    arms = dict.fromkeys([*lean, *others])
+    simulated = {arm: depths if "checkpoint" in ARMS[arm].remedies else some for arm in arms}
+    points = [(arm, depth, hidden) for arm in arms for depth in simulated[arm]]
+    lines = dict(zip(points, _share(_bytes_by_batch, points, "simulation"), strict=True))
+    rows = []
+    for batch in batches:
+        peaks = {}
+        for arm in arms:
+            found = [(lines[arm, d, hidden] @ [1, batch]).max() for d in simulated[arm]]
+            peaks[arm] = np.interp(depths, simulated[arm], found)
+        a, b = (np.min([peaks[arm] for arm in group], axis=0) for group in (lean, others))
+        rows.append(pd.DataFrame({"depth": depths, "batch": batch, "lean": a, "other": b}))
+    table = pd.concat(rows).astype(int).sort_values(["depth", "batch"], ignore_index=True)
+    return table.assign(saved=1 - table.lean / table.other)
+
+
+def _bytes_by_batch(arm: str, depth: int, hidden: int) -> np.ndarray:
+    """Live bytes after each operation: a constant, and what a row adds: (operations, 2)."""
+    few, many = (
+        [device_bytes(live) for _, live in timeline(arm, depth=depth, hidden=hidden, batch=rows)]
+        for rows in PROBES
+    )
+    return np.linalg.solve([[1, rows] for rows in PROBES], [few, many]).T
+
+
+def crossing(lean: str, other: str, deepest: int, *, hidden: int, batch: int) -> int | None:
+    """The first depth from 2 on at which `lean` needs less than `other`, and from there on; both
+    grow evenly with depth."""
+
+    def needs_less(depth: int) -> bool:
+        sizes = Sizes(depth, hidden, batch)
+        return simulate(lean, sizes).peak_bytes < simulate(other, sizes).peak_bytes
+
+    depths = range(2, deepest + 1)
+    return depths[bisect_left(depths, True, key=needs_less)] if needs_less(deepest) else None
+
+
+def memory_metrics(hidden: int = 2000, batch: int = 5000, depth: int = 47) -> dict[str, float]:
+    """What the ledger of claims asks of memory, simulated; by default at the seed's sizes."""
+
+    def at(arm: str, layers: int) -> Report:
+        return simulate(arm, Sizes(layers, hidden, batch))
+
+    def ratio(arm: str, other: str, layers: int = depth) -> float:
+        return at(arm, layers).peak_bytes / at(other, layers).peak_bytes
+
+    def a_layer(arm: str, size: Callable[[Report], int]) -> int:
+        return size(at(arm, depth)) - size(at(arm, depth - 1))
+
+    shallow = at("ff_seed", 2)
+    # A ratio of two peaks that grow evenly with depth is largest and smallest at the ends.
+    ends = (2, depth)
+    return {
+        "seed_saved_at_47_layers": 1 - ratio("ff_seed", "backprop_seed"),
+        "seed_saved_against_plain": 1 - ratio("ff_seed", "backprop"),
+        "saved_at_47_layers": 1 - ratio("ff_resident", "backprop"),
+        "saved_against_remedies": 1 - ratio("ff_resident", "backprop_frugal"),
+        "seed_most_saved": max(1 - ratio("ff_seed", "backprop_seed", d) for d in ends),
+        "seed_bytes_a_layer": a_layer("ff_seed", lambda report: report.peak_bytes),
+        "seed_growth": at("ff_seed", depth).peak_bytes - shallow.peak_bytes,
+        "seed_shallow": shallow.peak_bytes,
+        "seed_shallow_evaluation": shallow.evaluation_peak_bytes,
+        "streamed_1000_over_2_layers": at("ff_streamed", 1000).peak_bytes
+        / at("ff_streamed", 2).peak_bytes,
+        "streamed_backprop_over_streamed_ff": ratio("backprop_streamed_frugal", "ff_frugal"),
+        "activations_a_layer": a_layer("ff_resident", lambda r: r.breakdown["activations"]),
+        "recurrent_over_backprop": min(ratio("ff_recurrent", "backprop_seed", d) for d in ends),
+    }
+
+
+# --- Time -----------------------------------------------------------------------------------
+
+
+def time_steps(
+    arms: Sequence[str], *, depth: int, hidden: int, batch: int, repeats: int
+) -> pd.DataFrame:
+    """Seconds of a training step of every arm, timed alternately, `repeats` times.
+
+    Columns: arm, seconds (median), fastest, slowest, images (a step's: half of FF's rows are
+    positive), per_1000_images (seconds), moved_bytes (between host and device, a step), peak_bytes
+    and host_bytes (simulated). On a CPU, offloaded layers are in files.
+    """
+    check_number("repeats", repeats, 1, whole=True)
+    device = default_device()
+    s = Sizes(depth, hidden, batch, device=device)
+    for arm in arms:
+        _check(arm, "tracked")
+    reports = {arm: simulate(arm, s) for arm in arms}
+    need = sum(report.peak_bytes for report in reports.values())
+    if device == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        need, free = need + sum(_host_in_memory(arm, s) for arm in arms), process.free_bytes()
+    _refuse_beyond(need, free, "all arms together need")
+    with ExitStack() as folders:
+        tasks, moved = {}, {}
+        for arm in arms:
+            folder = folders.enter_context(tempfile.TemporaryDirectory())
+            step = build(arm, replace(s, store=folder if device == "cpu" else "memory"))
+            step.train()
+            task = partial(finish, step.timed or step.train, device)
+            task()
+            before = step.moved()
+            task()
+            tasks[arm], moved[arm] = task, step.moved() - before
+        seconds = time_alternately(tasks, repeats)
+        del step, task, tasks
+    rows = []
+    for arm, report in reports.items():
+        images = ARMS[arm].images(batch)
+        rows.append(
+            {
+                "arm": arm,
+                "seconds": seconds[arm].median(),
+                "fastest": seconds[arm].min(),
+                "slowest": seconds[arm].max(),
+                "images": images,
+                "per_1000_images": 1000 * seconds[arm].median() / images,
+                "moved_bytes": moved[arm],
+                "peak_bytes": report.peak_bytes,
+                "host_bytes": report.host_bytes,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def finish(work: Callable[[], object], device: str) -> None:
+    """Do `work` and return once the device is done with it."""
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+# --- Command line ---------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print one arm's report as a table, or as one JSON object."""
+    parser = argparse.ArgumentParser(prog="python -m ff_utils.memory", description=main.__doc__)
+    parser.add_argument("--arm", default="backprop", help=", ".join(ARMS))
+    parser.add_argument("--depth", type=int, default=7, help="hidden layers")
+    parser.add_argument("--hidden", type=int, default=2000, help="units in each")
+    parser.add_argument("--batch", type=int, default=5000, help="rows in a step")
+    parser.add_argument("--optimizer", default="adam", help=", ".join(OPTIMIZERS))
+    parser.add_argument("--precision", default="float32", help=", ".join(PRECISIONS))
+    parser.add_argument("--instrument", default="simulated", help=", ".join(INSTRUMENTS))
+    parser.add_argument("--json", action="store_true", help="one JSON object, in bytes")
+    parser.add_argument(
+        "--override", action="store_true", help="run even what is predicted not to fit"
+    )
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    options = vars(parser.parse_args(arguments))
+    as_json, here = options.pop("json"), options.pop("here")
+    try:
+        with _still_at_work(f"{options['arm']}, {options['depth']} layers"):
+            report = _measure_here(**options) if here else measure(**options)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130)
+    if as_json:
+        print(json.dumps(asdict(report)))
+    elif report.error:
+        parser.exit(1, f"error: {report.arm} gave no number: {report.error}\n")
+    else:
+        print(_table(report))
+
+
+def _measure_here(arm: str, instrument: str, override: bool, **sizes: object) -> Report:
+    """The fresh process that `measure` started."""
+    _check(arm, instrument)
+    s = Sizes(**sizes)
+    report = _report(arm, s, instrument)
+    if instrument != "cuda":
+        return (_count if instrument == "tracked" else _measure_process)(report, s)
+    from ff_utils.memory.gpu import measure_here
+
+    row = measure_here(arm, replace(s, device="cuda"))
+    report.step_seconds = row.pop("seconds", None)
+    return replace(report, **{k: v for k, v in row.items() if k in asdict(report)})
+
+
+@contextmanager
+def _still_at_work(what: str) -> Iterator[None]:
+    """Say every ten seconds on a terminal, or whatever stands for it, that this still runs."""
+    done, start = threading.Event(), time.perf_counter()
+
+    def tell() -> None:
+        while not done.wait(10):
+            spent = time.perf_counter() - start
+            print(f"{what}: {spent:.0f} s so far", file=sys.stderr, flush=True)
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _table(report: Report) -> str:
+    """A report as lines of text; columns are as wide as what is in them."""
+    rows = [("", report.instrument, "formula")]
+    for category, size in (report.breakdown or {}).items():
+        rows.append((category.replace("_", " "), size, None))
+    rows += [
+        ("training peak", report.peak_bytes, report.predicted_bytes),
+        ("evaluation peak", report.evaluation_peak_bytes, None),
+        ("on the host", report.host_bytes, None),
+        ("moved in a step", report.moved_bytes, None),
+    ]
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [f"{a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in cells]
+    head = f"{report.arm}: {report.depth} layers of {report.hidden} units, {report.batch} rows, "
+    head += f"{report.optimizer}, {report.precision} ({report.instrument})"
+    return "\n".join([head, "", *lines])
+
+
+def _cell(value: int | str | None) -> str:
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else format_bytes(value)
