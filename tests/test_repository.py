@@ -24,7 +24,7 @@ MODULES = sorted((ROOT / "ff_utils").rglob("*.py"))
 # Imports go downwards only: to an earlier rank, or within a room.
 RANKS = [
     ["utils"],
-    ["config"],
+    ["config", "process"],
     ["data"],
     ["ff"],
     ["backprop"],
