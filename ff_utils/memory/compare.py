@@ -35,11 +35,10 @@ def compare(
     """Every choice of `remedies.CHOICES` for one network, simulated; one row each.
 
     builder, rows, blocks, optimizer: as in `profile.profile`. budget: bytes on the device.
-    Columns: choice, peak_bytes, evaluation_peak_bytes, host_bytes, saved (share of the plain
-    step's peak), arithmetic (times the plain step's), phase, module (what runs at the peak),
-    largest (module and category of the peak's largest part), note (why there is no number), and
-    with a budget fits and largest_batch. A builder of a step gives one row. The best combination
-    is the remedies' smallest peak, local losses and bfloat16 apart.
+    Columns: choice, peak_bytes, host_bytes, saved (share of the plain step's peak), flops,
+    arithmetic (flops by the plain step's), phase and module (what runs at the peak), largest
+    (module and category of the peak's largest part), note (why there is no number), and with a
+    budget fits and largest_batch. A builder of a step gives one row.
     """
     kind = {"blocks": blocks, "optimizer": optimizer}
     choices = choices_for(builder, rows)
@@ -50,9 +49,11 @@ def compare(
         table.append(row)
         if note:
             continue
-        unsplit = replace(remedies, micro_batches=1)
+        same = Remedies(  # these alone change the arithmetic
+            checkpoint=remedies.checkpoint, chunked=remedies.chunked, local=remedies.local
+        )
         try:
-            found = profile(builder, rows=rows, remedies=remedies, short=unsplit in flops, **kind)
+            found = profile(builder, rows=rows, remedies=remedies, short=same in flops, **kind)
             if budget:
                 row["fits"] = found.peak_bytes <= budget
                 row["largest_batch"] = None  # a step's batch is its own
@@ -63,8 +64,8 @@ def compare(
                 raise
             row["note"] = (str(error).splitlines() or [type(error).__name__])[0]
             continue
-        flops.setdefault(unsplit, found.flops)
-        row |= _numbers(found) | {"flops": flops[unsplit]}
+        flops.setdefault(same, found.flops)
+        row |= _numbers(found) | {"flops": flops[same]}
     rows_of = pd.DataFrame(table)
     plain = rows_of.iloc[0]
     rows_of["saved"] = 1 - rows_of.peak_bytes / plain.peak_bytes
@@ -77,7 +78,6 @@ def _numbers(found: Profile) -> dict[str, object]:
     largest, category, size = found.largest()
     return {
         "peak_bytes": found.peak_bytes,
-        "evaluation_peak_bytes": found.evaluation_peak_bytes,
         "host_bytes": found.host_bytes,
         "phase": phase,
         "module": module,

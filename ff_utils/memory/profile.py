@@ -205,7 +205,7 @@ class StepTracker(MemoryTracker):
         if self.simulated and isinstance(module, nn.LSTM):
             raise CannotSimulateError(
                 f"nn.LSTM ({self._names.get(module, 'LSTM')}) can't be simulated: on a CPU and on "
-                "a GPU other kernels run than in a simulation; use simulate=False."
+                "a GPU other kernels run than in a simulation; use simulate=False (--real)."
             )
         if module not in self._names:
             self.hold(module, "" if not self._parameters else self._new_name(module))
@@ -313,7 +313,8 @@ def profile(
         batch), (module, batch, loss) or a step; or a step, a function that trains once (for real
         only: a simulation must see its tensors made).
     rows: length of the batch. simulate: False runs the step for real.
-    remedies, blocks, optimizer, short: as in `remedies.TrainingStep`.
+    remedies, blocks, optimizer: as in `remedies.TrainingStep`. short: only the peak; of many
+        micro-batches the first two and the last are run, no arithmetic is counted, no evaluation.
     Raises CannotSimulateError or another ValueError with what to change.
     """
     with Simulation() if simulate else nullcontext():
@@ -332,7 +333,8 @@ def profile(
                 call(module, inputs)
 
         del built, batch
-        return watch(lambda: train(inputs, labels), evaluate, module, count=not short)
+        step = lambda: train(inputs, labels)  # noqa: E731
+        return watch(step, None if short else evaluate, module, count=not short)
 
 
 def watch(

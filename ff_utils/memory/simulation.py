@@ -192,6 +192,6 @@ def explained(place: Callable[[], str] = str) -> Iterator[None]:
         return
     where = place() or "the step, outside its modules,"
     raise CannotSimulateError(
-        f"{reads} in {where} needs data, which a simulation has not: use simulate=False, or take "
-        "it out of the step."
+        f"{reads} in {where} needs data, which a simulation has not: use simulate=False "
+        "(--real), or take it out of the step."
     )
