@@ -166,8 +166,7 @@ def compared(simulated: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
     tensors, workspace (of cuBLAS) and rounding (blocks are larger than what is asked for); ratio,
     of tensors to simulated; seconds, gpu.
     """
-    measured = measured.reindex(columns=list(COLUMNS))
-    measured = measured[measured.peak_bytes.notna()]
+    measured = measured.reindex(columns=list(COLUMNS)).dropna(subset="peak_bytes")
     where = ["arm", "depth", "hidden", "batch"]
     ours = simulated[[*where, "peak_bytes"]].rename(columns={"peak_bytes": "simulated"})
     both = ours.merge(measured.rename(columns={"peak_bytes": "measured"}), on=where)
@@ -196,11 +195,12 @@ def about(found: pd.DataFrame) -> str:
 
 def gpu_metrics(simulated: pd.DataFrame, measured: pd.DataFrame) -> dict[str, float]:
     """What the ledger of claims asks of a GPU, as far as it has been measured."""
-    metrics, both = {}, compared(simulated, measured)
-    if len(both):
-        metrics["off_simulation"] = float((both.ratio - 1).abs().max())
+    both = compared(simulated, measured)
+    if both.empty:
+        return {}
+    metrics = {"off_simulation": float((both.ratio - 1).abs().max())}
     last, deepest = both.depth.max(), measured.depth.max()
-    steps = measured[measured.error.eq("")].set_index(["arm", "depth"])
+    steps = measured.dropna(subset="peak_bytes").set_index(["arm", "depth"])
     streamed = ("ff_streamed", last)
     for name, column, over, under in (
         ("seed_over_its_backprop", "peak_bytes", ("ff_seed", last), ("backprop_seed", last)),
