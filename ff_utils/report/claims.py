@@ -1,8 +1,7 @@
 """The ledger of claims, and README's numbers: both are checked against the records.
 
-`python -m ff_utils.report.claims` recomputes the memory metrics and judges every claim of
-data/claims.yaml from the default profile's records; a verdict that changed is an error.
-`python -m ff_utils.report.claims readme` fills in README's numbers.
+`make verify` recomputes the memory metrics and judges every claim of data/claims.yaml from the
+default profile's records; a verdict that changed is an error.
 """
 
 import re
@@ -19,8 +18,13 @@ from ff_utils.report import records
 
 LEDGER = utils.DATA / "claims.yaml"
 README = utils.ROOT / "README.md"
-RELATIONS = ("about", "at least", "at most")
+MEMORY = "05_memory_profiling"
 VERDICTS = ("holds", "fails", "open")
+RELATIONS = {
+    "about": lambda value, claim: abs(value - claim.claimed) <= claim.tolerance * claim.claimed,
+    "at least": lambda value, claim: value >= claim.claimed,
+    "at most": lambda value, claim: value <= claim.claimed,
+}
 UNITS = {
     "%": lambda value: f"{100 * value:.4g} %",
     "MB": lambda value: f"{value / 1e6:,.0f} MB",
@@ -44,7 +48,7 @@ class Claim:
     claimed: float
     verdict: str
     why: str
-    metric: str | None = None
+    metric: str = ""
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
@@ -55,39 +59,24 @@ class Claim:
         if (self.relation == "about") != (self.tolerance is not None):
             raise ValueError("a tolerance goes with the relation 'about' alone.")
 
-    def judge(self, value: float | None) -> str:
-        """The verdict on a measured value; an open claim stays open until someone settles it."""
-        if self.verdict == "open":
-            return "open"
-        holds = {
-            "about": abs(value - self.claimed) <= (self.tolerance or 0) * abs(self.claimed),
-            "at least": value >= self.claimed,
-            "at most": value <= self.claimed,
-        }
-        return "holds" if holds[self.relation] else "fails"
-
 
 def read() -> list[Claim]:
     """The ledger's claims; ValueError with the number of an entry that is not as it should be."""
-    place = utils.relative(LEDGER)
-    try:
-        entries = yaml.safe_load(LEDGER.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{place} is not YAML: {error}") from error
     claims = []
-    for number, entry in enumerate(entries, start=1):
+    for number, entry in enumerate(yaml.safe_load(LEDGER.read_text(encoding="utf-8")), start=1):
         try:
             claims.append(Claim(**entry))
         except (TypeError, ValueError) as error:
             reason = str(error).removeprefix("Claim.__init__() ")
+            place = utils.relative(LEDGER)
             raise ValueError(f"{place}, claim {number}: {reason}") from error
     return claims
 
 
 def notebooks() -> set[str]:
     """Notebooks whose default records the ledger asks."""
-    asked = {claim.metric.partition(": ")[0] for claim in read() if claim.metric}
-    return {name for name in asked if "/" not in name}
+    asked = {claim.metric.partition(": ")[0] for claim in read()}
+    return {name for name in asked if name and "/" not in name}
 
 
 def metric(name: str, known: dict[str, dict]) -> float | None:
@@ -98,14 +87,15 @@ def metric(name: str, known: dict[str, dict]) -> float | None:
     a.0 one of a list, a[arm=ff_streamed,depth=47] the first row with these values.
     """
     place, _, paths = name.partition(": ")
-    if place not in known:
+    record = known.get(place)
+    if not record:
         profile, notebook = PurePosixPath("default", place).parts[-2:]
         if notebook.isdigit():
             notebook = next(utils.NOTEBOOKS.glob(f"{notebook}_*.ipynb")).stem
         if not records.record_path(notebook, profile).exists():
             return None
-        known = {place: records.read(notebook, profile)}
-    values = [_value(known[place]["metrics"], path) for path in paths.split(" / ")]
+        record = records.read(notebook, profile)
+    values = [_value(record["metrics"], path) for path in paths.split(" / ")]
     if None in values:
         return None
     return values[0] if len(values) == 1 else values[0] / values[1]
@@ -117,10 +107,8 @@ def _value(found: object, path: str) -> object:
             wanted = dict(pair.split("=") for pair in step[1:-1].split(","))
             rows = (row for row in found if all(str(row[k]) == v for k, v in wanted.items()))
             found = next(rows, None)
-        elif isinstance(found, list):
-            found = found[int(step)]
         else:
-            found = found.get(step)
+            found = found[int(step)] if isinstance(found, list) else found.get(step)
         if found is None:
             return None
     return found
@@ -135,8 +123,11 @@ def judge(known: dict[str, dict]) -> pd.DataFrame:
     rows = []
     for claim in read():
         value = metric(claim.metric, known) if claim.metric else None
-        if value is None and claim.verdict != "open":
-            raise ValueError(f"{utils.relative(LEDGER)}: {claim.metric} is in no record.")
+        verdict = "open"  # until a person has entered another
+        if claim.verdict != "open":
+            if value is None:
+                raise ValueError(f"{utils.relative(LEDGER)}: {claim.metric} is in no record.")
+            verdict = "holds" if RELATIONS[claim.relation](value, claim) else "fails"
         show = UNITS[claim.unit]
         rows.append(
             {
@@ -144,7 +135,7 @@ def judge(known: dict[str, dict]) -> pd.DataFrame:
                 "source": claim.source,
                 "claimed": f"{claim.relation} {show(claim.claimed)}",
                 "measured": "-" if value is None else show(value),
-                "verdict": claim.judge(value),
+                "verdict": verdict,
                 "expected": claim.verdict,
                 "why": claim.why,
             }
@@ -157,15 +148,13 @@ def verify() -> list[str]:
     from ff_utils.memory import memory_metrics  # simulates training steps, so it loads all networks
 
     known = {name: records.read(name, "default") for name in notebooks()}
-    kept = known["05_memory_profiling"]["metrics"].get("claims", {})
-    wrong = []
-    for name, value in memory_metrics().items():
-        if abs(value - kept.get(name, float("nan"))) <= 1e-5 * abs(value):
-            continue
-        wrong.append(
-            f"05_memory_profiling's record says {name} is {kept.get(name)}, computed again it is "
-            f"{value:.6g}: run `make publish`."
-        )
+    kept = known[MEMORY]["metrics"].get("claims", {})
+    wrong = [
+        f"{MEMORY}'s record says {name} is {kept.get(name)}, computed again it is {value:.6g}: "
+        "run `make publish`."
+        for name, value in memory_metrics().items()
+        if not abs(value - kept.get(name, float("nan"))) <= 1e-5 * abs(value)
+    ]
     table = judge(known)
     for row in table.itertuples():
         print(f"{row.verdict:6} {row.claim}")
@@ -175,9 +164,8 @@ def verify() -> list[str]:
         if row.expected == "open" and row.measured != "-":
             print("       It is measured: enter a verdict, or say in `why` what is missing.")
         if row.verdict != row.expected:
-            wrong.append(
-                f"{row.claim} The ledger says {row.expected!r}, the records {row.verdict!r}."
-            )
+            told = f"The ledger says {row.expected!r}, the records {row.verdict!r}."
+            wrong.append(f"{row.claim} {told}")
     counts = ", ".join(f"{(table.verdict == v).sum()} {v}" for v in VERDICTS)
     print(f"\n{len(table)} claims: {counts}")
     return wrong
@@ -203,16 +191,11 @@ def fill_readme() -> None:
     utils.write_text(README, with_numbers(README.read_text(encoding="utf-8")))
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Verify, or with "readme" fill it in; exits with a sentence for everything that is wrong."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+def main() -> None:
+    """Verify; exits with a sentence for everything that is wrong."""
     try:
-        wrong = fill_readme() if arguments == ["readme"] else verify()
-    except ValueError as error:
+        wrong = verify()
+    except (ValueError, yaml.YAMLError) as error:
         wrong = [str(error)]
     if wrong:
         sys.exit("\n".join(f"error: {sentence}" for sentence in wrong))
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import platform
 import subprocess
@@ -39,34 +38,27 @@ class Run:
         """Folder for this run's figures; every point of a sweep has its own."""
         if self.file:
             return utils.BUILD / "sweeps" / self.file.stem / "figures"
-        if self.profile == "default":
-            return utils.ROOT / "figures"
-        return utils.BUILD / self.profile / "figures"
+        return (utils.ROOT if self.profile == "default" else utils.BUILD / self.profile) / "figures"
 
     def finish(self, metrics: dict, data: Dataset | None = None) -> dict:
         """Write the record (atomically), print where it is and return it.
 
         metrics: nested dicts and lists of numbers and text; a pandas table becomes its rows.
         """
-        data_used = {}
-        if data is not None:
-            data_used = {
-                "name": data.name,
-                "checksum": data.checksum,
-                "train": len(data.train_labels),
-                "test": len(data.test_labels),
-                "fallback": data.fallback,
-            }
-        wall_seconds = round(time.perf_counter() - self.started, 1)
         record = {
             "schema": SCHEMA,
             "notebook": self.notebook,
             "profile": self.profile,
             "parameters": self.parameters,
-            "data": data_used,
+            "data": {},
             "metrics": _plain(metrics),
-            "provenance": provenance() | {"wall_seconds": wall_seconds},
+            "provenance": provenance(),
         }
+        record["provenance"]["wall_seconds"] = round(time.perf_counter() - self.started, 1)
+        if data:
+            counts = {"train": len(data.train_labels), "test": len(data.test_labels)}
+            record["data"] = {"name": data.name, "checksum": data.checksum, **counts}
+            record["data"]["fallback"] = data.fallback
         path = self.file or record_path(self.notebook, self.profile)
         utils.write_text(path, _text(record))
         print(f"record    {utils.relative(path)}")
@@ -81,9 +73,8 @@ def start(notebook: str, values: dict) -> Run:
     """
     import papermill
 
-    utils.check_choice(
-        "notebook", notebook, [path.stem for path in utils.NOTEBOOKS.glob("*.ipynb")]
-    )
+    known = [path.stem for path in utils.NOTEBOOKS.glob("*.ipynb")]
+    utils.check_choice("notebook", notebook, known)
     names = papermill.inspect_notebook(str(utils.NOTEBOOKS / f"{notebook}.ipynb"))
     parameters = {name: values[name] for name in names}
     profile = parameters.pop("profile", INTERACTIVE)
@@ -102,21 +93,20 @@ def read(notebook: str, profile: str) -> dict:
 
     The profile "interactive" reads the default profile's record if it has none of its own.
     """
-    path = record_path(notebook, profile)
-    if profile == INTERACTIVE and not path.exists():
+    if profile == INTERACTIVE and not record_path(notebook, profile).exists():
         profile = "default"
-        path = record_path(notebook, profile)
-    place = utils.relative(path)
+    path = record_path(notebook, profile)
     remedy = f"run `make {notebook[:2]} PROFILE={profile}`"
+    if not path.exists():
+        raise ValueError(f"{utils.relative(path)} is missing: {remedy}.")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{place} is missing: {remedy}.") from error
-    except ValueError as error:
-        raise ValueError(f"{place} is not whole JSON: delete it and {remedy}.") from error
-    missing = KEYS - set(record) if isinstance(record, dict) else KEYS
-    if missing or record["schema"] != SCHEMA or record["notebook"] != notebook:
-        raise ValueError(f"{place} is not a record of {notebook}: delete it and {remedy}.")
+        whole = record.keys() >= KEYS and record["metrics"]
+    except (ValueError, AttributeError):  # it is not JSON, or not an object
+        whole = False
+    if not whole or (record["schema"], record["notebook"]) != (SCHEMA, notebook):
+        place = utils.relative(path)
+        raise ValueError(f"{place} is not a whole record of {notebook}: delete it and {remedy}.")
     return record
 
 
@@ -127,14 +117,13 @@ def digest(record: dict) -> str:
 
 def provenance() -> dict:
     """Where a number comes from: code, versions, device, vector instructions, threads."""
-    cuda = torch.cuda.is_available()
     return {
         "commit": git_commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
         "system": platform.system(),
         "machine": platform.machine(),
-        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -143,15 +132,12 @@ def provenance() -> dict:
 
 def git_commit() -> str:
     """Commit of the checkout, with a plus where files differ from it; "unknown" without git."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=utils.ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
+    describe = ["git", "rev-parse", "--short=12", "HEAD"]
+    changes = ["git", "status", "--porcelain", "--", "ff_utils", "notebooks/*.ipynb"]
+    kind = {"cwd": utils.ROOT, "stderr": subprocess.DEVNULL, "text": True}
     try:
-        changed = git("status", "--porcelain", "--", "ff_utils", "notebooks/*.ipynb")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+        commit = subprocess.check_output(describe, **kind).strip()
+        return commit + ("+" if subprocess.check_output(changes, **kind).strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -181,18 +167,16 @@ def _text(record: dict) -> str:
     return json.dumps(record, indent=1) + "\n"
 
 
-def _plain(value: object) -> object:
+def _plain(metrics: dict) -> dict:
     """Only what JSON holds; numbers to 6 significant digits, so that records read well."""
-    if isinstance(value, pd.DataFrame):
-        return _plain(value.astype(object).where(value.notna(), None).to_dict("records"))
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, bool | str | None):
-        return value
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    if hasattr(value, "item"):  # numbers of NumPy and PyTorch
-        return _plain(value.item())
-    return int(value)
+
+    def other(value: object) -> object:
+        if isinstance(value, pd.DataFrame):
+            return value.astype(object).where(value.notna(), None).to_dict("records")
+        return value.item()  # numbers of NumPy and PyTorch
+
+    return json.loads(
+        json.dumps(metrics, default=other),
+        parse_float=lambda digits: float(f"{float(digits):.6g}"),
+        parse_constant=lambda _: None,  # NaN and infinities
+    )
