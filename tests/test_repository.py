@@ -41,6 +41,7 @@ RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 # Overridden methods, which libraries call.
 CALLED_BY_LIBRARIES = {
     "find_class",
+    "_apply",
     "block_math",
     "inline_math",
     "latex_environment",
