@@ -1,18 +1,19 @@
 """Figures in one style: backprop blue, Forward-Forward orange, direct labels, MB and GB of 10^6."""
 
-import io
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
 from IPython.display import Image, display
+from matplotlib import cycler, ticker
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.transforms import Bbox
 
 from ff_utils.memory.arms import ARMS
@@ -32,60 +33,44 @@ CATEGORIES = {  # of tensors: name and colour
     "inputs": ("inputs, cached data", GREY),
 }
 DPI = 140
+# Offsets in points that `label` tries, the nearest first.
+DOWN = [(9, -3 * step) for step in range(60)]
+AROUND = [(9, 0), (0, 11), (0, -11), (-9, 0)]
+AROUND += [(dx, dy * sign) for dy in range(11, 100, 6) for dx in (9, -9) for sign in (1, -1)]
 
 
 def start(folder: Path) -> Callable[[Figure, str, str], None]:
     """Set the style of all figures; returns `show(figure, name, alt)`, which saves to `folder`."""
-    sns.set_theme(
-        context="notebook",
-        style="ticks",
-        rc={
-            "axes.spines.right": False,
-            "axes.spines.top": False,
-            "axes.titlelocation": "left",
-            "axes.titlesize": 12,
-            "axes.titleweight": "bold",
-            "axes.labelsize": 11,
-            "xtick.labelsize": 10,
-            "ytick.labelsize": 10,
-            "axes.grid": True,
-            "axes.grid.axis": "y",
-            "grid.color": "#e6e6e6",
-            "axes.prop_cycle": matplotlib.cycler(color=SERIES),
-            "legend.frameon": False,
-            "legend.fontsize": 9,
-            "figure.constrained_layout.use": True,
-            "figure.dpi": DPI,
-            "svg.hashsalt": "ff_utils",
-            "svg.fonttype": "none",
-            "font.family": "DejaVu Sans",
-        },
-    )
-    return partial(show, folder=folder)
+    sns.set_theme(style="ticks", font="DejaVu Sans")
+    plt.rc("axes", titlelocation="left", titlesize=12, titleweight="bold", labelsize=11, grid=True)
+    plt.rc("axes", prop_cycle=cycler(color=SERIES))
+    plt.rc("axes.spines", right=False, top=False)
+    plt.rc("axes.grid", axis="y")
+    plt.rc("grid", color="#e6e6e6")
+    plt.rc(("xtick", "ytick"), labelsize=10)
+    plt.rc("legend", frameon=False, fontsize=9)
+    plt.rc("figure", dpi=DPI)
+    plt.rc("figure.constrained_layout", use=True)
+    plt.rc("savefig", bbox="tight", pad_inches=0.08)
+    plt.rc("svg", hashsalt="ff_utils", fonttype="none")
+    return partial(_show, folder)
 
 
-def show(figure: Figure, name: str, alt: str, folder: Path) -> None:
-    """Save as `folder`/`name`.svg and .png and show it inline with `alt` as its description."""
+def _show(folder: Path, figure: Figure, name: str, alt: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"Description": alt}
-    tight = {"bbox_inches": "tight", "pad_inches": 0.08}
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None, **about}, **tight)
-    png = io.BytesIO()
-    figure.savefig(png, dpi=DPI, format="png", metadata={"Software": None, **about}, **tight)
-    (folder / f"{name}.png").write_bytes(png.getvalue())
+    for kind, left_out in (("svg", "Date"), ("png", "Software")):  # they differ between machines
+        path = folder / f"{name}.{kind}"
+        figure.savefig(path, metadata={left_out: None, "Description": alt})
     plt.close(figure)
-    pixels = int.from_bytes(png.getvalue()[16:20], "big")
-    display(Image(png.getvalue(), width=round(pixels * 90 / DPI), alt=alt))
+    display(Image(path.read_bytes(), width=round(plt.imread(path).shape[1] * 90 / DPI), alt=alt))
 
 
 def names_and_colours(series: Iterable, colours: Sequence[str] = SERIES) -> dict:
     """Title and colour of every series: an arm's own, or the next of `colours`."""
-    found = {}
-    for number, name in enumerate(series):
-        arm = ARMS.get(name)
-        colour = colours[number % len(colours)]
-        found[name] = (arm.title, arm.colour) if arm else (str(name), colour)
-    return found
+    return {
+        name: (ARMS[name].title, ARMS[name].colour) if name in ARMS else (str(name), colour)
+        for name, colour in zip(series, cycle(colours), strict=False)
+    }
 
 
 def panels(
@@ -95,13 +80,13 @@ def panels(
     columns: int = 4,
     size: tuple[float, float] = (2.9, 2.6),
     note: str = "",
-    **shared: bool,
+    **kind: object,
 ) -> tuple[Figure, list[plt.Axes]]:
-    """Axes side by side, one for each of `titles`; size: inches of each (width, height)."""
+    """Axes side by side, one for each of `titles`; size: inches of each; kind: of `subplots`."""
     columns = min(columns, len(titles))
     rows = -(-len(titles) // columns)
     inches = (max(size[0] * columns, 8), size[1] * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=inches, squeeze=False, **shared)
+    figure, axes = plt.subplots(rows, columns, figsize=inches, squeeze=False, **kind)
     for axis, name in zip(axes.flat, titles, strict=False):
         axis.set_title(name, fontsize=10, weight="normal")
     for axis in axes.flat[len(titles) :]:
@@ -119,15 +104,14 @@ def label(
     No label covers a point or another label, as far as there is room. With `curves`, points (x, y)
     of lines, the labels at the right end of these go down until they are free.
     """
-    figure = axis.figure
-    figure.canvas.draw()
-    figure.set_layout_engine("none")  # from here on, labels must not move the axes
+    axis.figure.canvas.draw()
+    axis.figure.set_layout_engine("none")  # from here on, labels must not move the axes
     points = axis.transData.transform([*[place[:2] for place in places], *curves])
     boxes = [Bbox.from_bounds(px - 5, py - 5, 10, 10) for px, py in points]
     right = max(x for x, *_ in places)
-    shape = {"textcoords": "offset points", "fontsize": 9.5, "weight": "bold", "va": "center"}
+    kind = {"textcoords": "offset points", "fontsize": 9.5, "weight": "bold", "va": "center"}
     for x, y, name, colour in sorted(places, key=lambda place: -place[1]):
-        text = axis.annotate(name, (x, y), (0, 0), color=colour, **shape)
+        text = axis.annotate(name, (x, y), (0, 0), color=colour, **kind)
         for dx, dy in DOWN if len(curves) and x >= right else AROUND:
             text.set_position((dx, dy))
             text.set_horizontalalignment(("right", "center", "left")[np.sign(dx) + 1])
@@ -140,33 +124,26 @@ def label(
             axis.annotate("", (x, y), (dx, dy), textcoords="offset points", arrowprops=leader)
 
 
-# Offsets in points that `label` tries, the nearest first.
-DOWN = [(9, -3 * step) for step in range(60)]
-AROUND = [(9, 0), (0, 11), (0, -11), (-9, 0)]
-AROUND += [(dx, dy * sign) for dy in range(11, 100, 6) for dx in (9, -9) for sign in (1, -1)]
-
-
 def lines(
     table: pd.DataFrame | dict[str, pd.DataFrame],
     x: str,
     y: str,
     by: str = "line",
     *,
-    title: str = "",
-    ylabel: str,
-    xlabel: str = "",
     scale: float = 1,
     log: str = "",
     note: str = "",
     colours: Sequence[str] = SERIES,
     circles: pd.DataFrame | None = None,
     axis: plt.Axes | None = None,
+    **texts: str,
 ) -> Figure:
     """`y` times `scale` against `x`, one line for each value of `by`, labelled at its end.
 
     The line is the mean of the rows at an `x` (seeds, say), its band reaches from the least to the
     most. table: one table, or a table for each line by name. log: the logarithmic axes, as in "xy".
     circles: measured points, with the same columns. axis: draw there, with a legend.
+    texts: title, xlabel, ylabel.
     """
     if isinstance(table, dict):
         table = pd.concat(table, names=[by]).reset_index(by)
@@ -177,23 +154,20 @@ def lines(
     widths = dict(zip(style, np.linspace(3, 1.8, len(style)), strict=True))
     alone = axis is None
     axis = axis or plt.subplots(figsize=(6.6, 4.4))[1]
-    shape = {"errorbar": ("pi", 100), "marker": "o", "ms": 4, "mew": 0, "legend": False}
-    sns.lineplot(table, x=x, y=y, hue=by, palette=palette, size=by, sizes=widths, ax=axis, **shape)
+    kind = {"errorbar": ("pi", 100), "marker": "o", "ms": 4, "mew": 0, "legend": False}
+    sns.lineplot(table, x=x, y=y, hue=by, palette=palette, size=by, sizes=widths, ax=axis, **kind)
     if circles is not None:
         shown = circles[circles[by].isin(palette)]
         edges = shown[by].map(palette)
         axis.scatter(shown[x], shown[y] * scale, 55, "none", edgecolors=edges, lw=1.6, zorder=3)
     if "y" not in log and table[y].min() >= 0:
         axis.set_ylim(bottom=0)
-    for direction in log:
-        _log_ticks(axis, direction)
+    _log_ticks(axis, log)
     _ticks_at(axis, table[x].unique(), "x" in log)
-    axis.set(xlabel=xlabel or x, ylabel=ylabel)
-    if title:
-        axis.set_title(title)
-    mean = table.groupby([by, x], sort=False)[y].mean().reset_index()
-    last = mean.sort_values(x).groupby(by, sort=False).tail(1)
+    axis.set(**texts)
     if alone:
+        mean = table.groupby([by, x], sort=False)[y].mean().reset_index()
+        last = mean.sort_values(x).groupby(by, sort=False).tail(1)
         ends = [(row[x], row[y], *style[row[by]]) for _, row in last.iterrows()]
         label(axis, ends, mean[[x, y]].to_numpy())
     else:
@@ -210,32 +184,29 @@ def scatter(
     y: str,
     by: str,
     *,
-    title: str,
-    xlabel: str,
-    ylabel: str,
     scale: float = 1,
     log: str = "",
     note: str = "",
-    colours: Sequence[str] = SERIES,
+    **texts: str,
 ) -> Figure:
-    """`y` times `scale` against `x`, a colour for each value of `by`.
+    """`y` times `scale` against `x`, a colour for each value of `by`; texts as of `lines`.
 
     Filled points, joined by a line: the Pareto front, which no other row beats in both.
     """
     table = table.dropna(subset=[x, y]).assign(**{y: lambda rows: rows[y] * scale})
-    style = names_and_colours(table[by].unique(), colours)
+    style = names_and_colours(table[by].unique())
     front = pareto_front(table, x, y)
     figure, axis = plt.subplots(figsize=(6.6, 4.8))
     axis.plot(front[x], front[y], color=GREY, lw=1.2, ls="--", zorder=1)
     edges = table[by].map(lambda name: style[name][1])
     inside = edges.where(table.index.isin(front.index), "white")
     axis.scatter(table[x], table[y], 60, inside, edgecolors=edges, lw=1.7, zorder=3)
-    for direction in "xy":
-        if direction in log:
-            _log_ticks(axis, direction)
-        else:
-            axis.set(**{f"{direction}lim": (0, 1.15 * table[{"x": x, "y": y}[direction]].max())})
-    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    _log_ticks(axis, log)
+    if "x" not in log:
+        axis.set_xlim(0, 1.15 * table[x].max())
+    if "y" not in log:
+        axis.set_ylim(0, 1.15 * table[y].max())
+    axis.set(**texts)
     if table[by].is_unique:
         label(axis, [(row[x], row[y], *style[row[by]]) for _, row in table.iterrows()])
     else:
@@ -261,17 +232,13 @@ def bars(
     xlabel: str,
     colours: Sequence[str],
     spreads: dict[str, float] | None = None,
-    form: str = "{:.2f}",
 ) -> Figure:
     """Horizontal bars with their numbers; spreads: standard deviations."""
     figure, axis = plt.subplots(figsize=(7.2, 0.6 + 0.45 * len(values)))
-    errors = [(spreads or {}).get(name, 0) for name in values]
-    texts = [
-        form.format(value) + (f" ± {form.format(error)}" if error else "")
-        for value, error in zip(values.values(), errors, strict=True)
-    ]
-    shape = {"color": colours, "height": 0.62, "xerr": errors if any(errors) else None}
-    drawn = axis.barh(list(values), list(values.values()), **shape)
+    spreads = spreads or dict.fromkeys(values, 0)
+    errors = [spreads[name] for name in values]
+    drawn = axis.barh(list(values), list(values.values()), 0.62, xerr=errors, color=colours)
+    texts = [f"{values[n]:.2f}" + (f" ± {spreads[n]:.2f}" if spreads[n] else "") for n in values]
     axis.bar_label(drawn, texts, padding=5, fontsize=10)
     axis.invert_yaxis()
     axis.grid(False)
@@ -306,8 +273,8 @@ def timelines(
     names, colours = zip(*CATEGORIES.values(), strict=True)
     for axis, operations in zip(axes, steps.values(), strict=True):
         sizes = pd.DataFrame([live for _, live in operations])[list(CATEGORIES)] / MB
-        shape = {"colors": colours, "labels": names, "lw": 0, "rasterized": True}
-        axis.stackplot(sizes.index + 1, sizes.T.to_numpy(), step="post", **shape)
+        kind = {"colors": colours, "labels": names, "lw": 0, "rasterized": True}
+        axis.stackplot(sizes.index + 1, sizes.T.to_numpy(), step="post", **kind)
         total = sizes.sum(axis=1)
         peak = int(total.argmax())
         side = ("left", "center", "center", "right")[4 * peak // len(total)]
@@ -316,23 +283,20 @@ def timelines(
         axis.set(xlabel=f"operation, of {len(total):,}", xlim=(1, len(total)))
         axis.margins(y=0.12)
     axes[0].set_ylabel("live memory (MB)")
-    handles, labels = axes[0].get_legend_handles_labels()
-    axes[-1].legend(handles[::-1], labels[::-1], loc="upper right")
+    axes[-1].legend(loc="upper right", reverse=True)
     return figure
 
 
 def agreement(table: pd.DataFrame, x: str, y: str, *, title: str, xlabel: str) -> Figure:
     """Every measured peak `y` (bytes) against another one, `x`; a panel for each instrument."""
-    instruments = list(table.instrument.unique())
-    figure, axes = panels(instruments, title=title, size=(4.4, 4.2))
-    for axis, instrument in zip(axes, instruments, strict=True):
-        rows = table[table.instrument == instrument]
+    instruments = dict(list(table.groupby("instrument", sort=False)))
+    figure, axes = panels(list(instruments), title=title, size=(4.4, 4.2))
+    for axis, rows in zip(axes, instruments.values(), strict=True):
         colours = [ARMS[arm].colour for arm in rows.arm]
         axis.scatter(rows[x] / MB, rows[y] / MB, 42, colours, alpha=0.8)
         low = rows[y].min() / MB
         axis.axline((low, low), (2 * low, 2 * low), color=GREY, lw=1, ls="--", zorder=0)
-        for direction in "xy":
-            _log_ticks(axis, direction)
+        _log_ticks(axis, "xy")
         axis.set(xlabel=f"{xlabel} (MB)", ylabel="measured (MB)")
     return figure
 
@@ -340,39 +304,31 @@ def agreement(table: pd.DataFrame, x: str, y: str, *, title: str, xlabel: str) -
 def heat_map(
     cells: pd.DataFrame,
     *,
-    title: str,
     label: str,
-    xlabel: str = "",
-    ylabel: str = "",
     form: str = ".3g",
     centre: float | None = None,
     high: float | None = None,
     note: str = "",
+    **texts: str,
 ) -> Figure:
     """A number in each cell of two parameters, as `DataFrame.pivot_table` gives them.
 
     A cell without a number is empty. label: what the numbers are. centre: the value that is neither
-    good nor bad. high: the end of the colours, which larger numbers share.
+    good nor bad. high: the end of the colours, which larger numbers share. texts: as of `lines`.
     """
     cells = cells.astype(float)
     size = (max(5.4, 0.85 * len(cells.columns) + 2.4), max(3, 0.45 * len(cells) + 1.8))
     figure, axis = plt.subplots(figsize=size)
-    limits = {"cmap": "cividis_r", "vmax": high}
+    kind = {"cmap": "cividis_r", "vmax": high, "annot_kws": {"fontsize": 9}}
     if centre is not None:
         reach = float((cells - centre).abs().max(axis=None)) or 1
-        limits = {"cmap": "PuOr_r", "vmin": centre - reach, "vmax": centre + reach}
-    sns.heatmap(
-        cells.rename(_in_words).rename(columns=_in_words),
-        annot=True,
-        fmt=form,
-        linewidths=0.5,
-        cbar_kws={"label": label, "extend": "max" if high else "neither"},
-        annot_kws={"fontsize": 9},
-        ax=axis,
-        **limits,
-    )
-    names = (xlabel or cells.columns.name or "", ylabel or cells.index.name or "")
-    axis.set(xlabel=names[0].replace("_", " "), ylabel=names[1].replace("_", " "), title=title)
+        kind |= {"cmap": "PuOr_r", "vmin": centre - reach, "vmax": centre + reach}
+    kind["cbar_kws"] = {"label": label, "extend": "max" if high else "neither"}
+    cells = cells.rename(index=_in_words, columns=_in_words)
+    sns.heatmap(cells, annot=True, fmt=form, linewidths=0.5, ax=axis, **kind)
+    axis.set_xlabel(axis.get_xlabel().replace("_", " "))
+    axis.set_ylabel(axis.get_ylabel().replace("_", " "))
+    axis.set(**texts)
     axis.tick_params(rotation=0)
     axis.grid(False)
     write_note(figure, note)
@@ -388,24 +344,31 @@ def images(rows: torch.Tensor, shape: tuple[int, ...], titles: Sequence[str]) ->
     return figure
 
 
+def _image(axis: plt.Axes, row: torch.Tensor, shape: tuple[int, ...]) -> None:
+    pixels = row.reshape(shape).cpu()
+    if len(shape) == 3:
+        pixels = pixels.permute(1, 2, 0).clamp(0, 1)
+    axis.imshow(pixels.numpy(), cmap="gray_r", vmin=0, vmax=float(row.max()) or 1)
+    axis.set_axis_off()
+
+
 def label_goodness(
     cases: Sequence[tuple[torch.Tensor, torch.Tensor, int]], shape: tuple[int, ...], title: str
 ) -> Figure:
     """Each case (image, goodness of each label, true label): the image beside a bar a label."""
-    figure, axes = plt.subplots(
-        1, 2 * len(cases), figsize=(5 * len(cases), 2.6), width_ratios=[1, 2.4] * len(cases)
-    )
+    count = 2 * len(cases)
+    kind = {"columns": count, "size": (2.5, 2.6), "width_ratios": [1, 2.4] * len(cases)}
+    figure, axes = panels([""] * count, title=title, **kind)
     for picture, axis, (image, found, true) in zip(axes[::2], axes[1::2], cases, strict=True):
         _image(picture, image, shape)
         chosen = int(found.argmax())
-        colours = [ORANGE if k == chosen else PALE_ORANGE for k in range(len(found))]
-        edges = ["black" if k == true else "none" for k in range(len(found))]
-        axis.bar(range(len(found)), found.tolist(), color=colours, edgecolor=edges, lw=1.5)
+        drawn = axis.bar(range(len(found)), found.tolist(), color=PALE_ORANGE, lw=0)
+        drawn[chosen].set_facecolor(ORANGE)
+        drawn[true].set(edgecolor="black", linewidth=1.5)
         axis.set(xticks=range(len(found)), xlabel="label tried", ylabel="goodness")
         verdict = "right" if chosen == true else "wrong"
         name = f"chosen {chosen}, true {true} (framed): {verdict}"
         axis.set_title(name, fontsize=10, weight="normal")
-    figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
     return figure
 
 
@@ -413,24 +376,22 @@ def histograms(
     cases: Sequence[tuple[str, torch.Tensor, torch.Tensor]],
     theta: float | None,
     title: str,
-    columns: int = 4,
     share_x: bool = True,
 ) -> Figure:
     """Goodness of positive and negative samples; a panel for each (title, positive, negative)."""
-    titles = [name for name, *_ in cases]
-    figure, axes = panels(titles, title=title, columns=columns, sharex=share_x)
-    every = torch.cat([torch.cat(case[1:]) for case in cases]).cpu()
+    figure, axes = panels([name for name, *_ in cases], title=title, sharex=share_x)
+    every = torch.cat([torch.cat(case[1:]) for case in cases])
     for axis, (_, positive, negative) in zip(axes, cases, strict=True):
-        seen = every if share_x else torch.cat([positive, negative]).cpu()
+        seen = every if share_x else torch.cat([positive, negative])
         low = 0.0 if share_x else float(seen.quantile(0.002))
         bins = np.linspace(low, float(seen.quantile(0.998)), 40)
-        axis.hist(positive.cpu(), bins, color=POSITIVE, alpha=0.65, label="positive")
-        axis.hist(negative.cpu(), bins, color=NEGATIVE, alpha=0.65, label="negative")
+        axis.hist(positive, bins, color=POSITIVE, alpha=0.65, label="positive")
+        axis.hist(negative, bins, color=NEGATIVE, alpha=0.65, label="negative")
         if theta is not None:
             axis.axvline(theta, color=GREY, lw=1, ls="--", label=f"theta = {theta:g}")
         axis.set(yticks=[], xlabel="goodness")
     axes[0].set_ylabel("samples")
-    axes[min(columns, len(axes)) - 1].legend()
+    axes[:4][-1].legend()
     return figure
 
 
@@ -448,68 +409,56 @@ def ranks(
     """
     titles = ["Forward-Forward, measured: batches, by number"]
     titles += ["backpropagation, computed from the same times: micro-batches of as many batches"]
-    size = (8, 0.8 + 0.45 * len(measured))
-    shared = {"sharex": True, "sharey": True}
-    figure, axes = panels(titles, title=title, columns=1, size=size, note=note, **shared)
+    kind = {"columns": 1, "size": (8, 0.8 + 0.45 * len(measured)), "sharex": True, "sharey": True}
+    figure, axes = panels(titles, title=title, note=note, **kind)
     colours = {"forward": BLUE, "backward": PALE_BLUE}
     for rank, (batches, parts) in enumerate(zip(measured, computed, strict=True)):
         spans = [(start, end - start) for start, end in batches]
         axes[0].broken_barh(spans, (rank - 0.4, 0.8), facecolors=[ORANGE, PALE_ORANGE], lw=0)
-        for number, (start, width) in enumerate(spans, start=1):
-            place = {"ha": "center", "va": "center", "fontsize": 8}
-            axes[0].text(start + width / 2, rank, str(number), **place)
-        for kind, colour in colours.items():
-            spans = [(start, end - start) for start, end, name in parts if name == kind]
-            shape = {"facecolors": colour, "edgecolors": "white", "lw": 0.4}
-            axes[1].broken_barh(spans, (rank - 0.4, 0.8), label=kind if rank == 0 else "", **shape)
+        for number, (start, end) in enumerate(batches, start=1):
+            axes[0].text((start + end) / 2, rank, number, ha="center", va="center", fontsize=8)
+        spans = [(start, end - start) for start, end, _ in parts]
+        filled = [colours[name] for *_, name in parts]
+        axes[1].broken_barh(spans, (rank - 0.4, 0.8), facecolors=filled, ec="white", lw=0.4)
     for axis in axes:
         axis.set_yticks(range(len(measured)), [f"rank {rank}" for rank in range(len(measured))])
         axis.grid(False)
     axes[1].set_xlabel("seconds")
-    figure.legend(ncols=2, fontsize=8.5, loc="outside upper right")
+    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=handles, ncols=2, fontsize=8.5, loc="outside upper right")
     return figure
-
-
-def _image(axis: plt.Axes, row: torch.Tensor, shape: tuple[int, ...]) -> None:
-    pixels = row.reshape(shape).cpu()
-    if len(shape) == 3:
-        pixels = pixels.permute(1, 2, 0).clamp(0, 1)
-    axis.imshow(pixels.numpy(), cmap="gray_r", vmin=0, vmax=float(row.max()) or 1)
-    axis.set(xticks=[], yticks=[])
-    sns.despine(ax=axis, left=True, bottom=True)
-    axis.grid(False)
 
 
 def write_note(figure: Figure, text: str) -> None:
     """Write below a figure what its numbers were measured with."""
-    if text:
-        y = -0.06 / figure.get_figheight()
-        figure.text(0.01, y, text, fontsize=8.5, color=GREY, va="top")
+    y = -0.06 / figure.get_figheight()
+    figure.text(0.01, y, text, fontsize=8.5, color=GREY, va="top")
 
 
-def _log_ticks(axis: plt.Axes, direction: str) -> None:
-    """A logarithmic axis with a handful of labelled ticks, whatever its range."""
-    axis.set(**{f"{direction}scale": "log"})
-    ticks = getattr(axis, f"{direction}axis")
-    decades = np.log10(np.divide(*ticks.get_view_interval()[::-1]))
-    steps = (1, 1.5, 2, 3, 4, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
-    ticks.set_major_locator(matplotlib.ticker.LogLocator(subs=steps))
-    ticks.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: _in_words(value)))
-    ticks.set_minor_locator(matplotlib.ticker.NullLocator())
+def _log_ticks(axis: plt.Axes, directions: str) -> None:
+    """Logarithmic axes, of "xy", with a handful of labelled ticks, whatever their range."""
+    for direction in directions:
+        axis.set(**{f"{direction}scale": "log"})
+        ticks = getattr(axis, f"{direction}axis")
+        decades = np.log10(np.divide(*ticks.get_view_interval()[::-1]))
+        steps = (1, 1.5, 2, 3, 4, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
+        ticks.set_major_locator(ticker.LogLocator(subs=steps))
+        ticks.set_major_formatter(ticker.FuncFormatter(lambda value, _: _in_words(value)))
+        ticks.set_minor_locator(ticker.NullLocator())
 
 
 def _ticks_at(axis: plt.Axes, values: np.ndarray, log: bool) -> None:
     """Ticks at whole numbers only, and at the values themselves if these are few and apart."""
-    if not all(float(value).is_integer() for value in values):
+    if np.any(values % 1):
         return
     values = np.sort(values)
     apart = log or len(values) < 2 or np.diff(values).min() >= np.ptp(values) / 20
     if len(values) <= 12 and apart:
         axis.set_xticks(values, [f"{int(value):,}" for value in values])
     elif not log:
-        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
 
 
 def _in_words(value: object) -> str:
     """A tick's text: 5,000 and 0.001, not 5e+03 and 1e-03."""
-    return f"{value:,g}" if isinstance(value, int | float) and abs(value) < 1e6 else str(value)
+    return f"{value:,.7g}" if isinstance(value, int | float) else str(value)
