@@ -9,7 +9,8 @@ a CPU the layers learn, bit for bit, what they learn in one process. Negatives a
 labels: hard ones are drawn from a classifier that reads every layer, whose answer would have to
 come back to the first rank before its batch could begin. For several machines, see torchrun's
 --nnodes and --rdzv-endpoint; the checkpoint's folder must be one that all of them see. With
-torchrun's --max-restarts, ranks that end are started again and go on from there.
+torchrun's --max-restarts, ranks that end are started again and go on from there. Where the
+machine's name does not resolve, torchrun needs --local-addr 127.0.0.1.
 """
 
 import argparse
@@ -25,12 +26,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -62,6 +64,7 @@ from ff_utils.utils import (
 IN_FLIGHT = 2  # batches that a rank has, or will have next, from the rank below
 TIMED = 40  # batches whose times are recorded
 TIMEOUT = 300.0  # seconds to wait for a neighbour
+OLD_NAMES = {"theta": "threshold", "scale": "sharpness"}  # in checkpoints and on command lines
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,19 @@ class Settings:
     threshold: float = 1.0
     sharpness: float = 30.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """ValueError for a value out of range, whatever the data."""
+        check_number("train_size", self.train_size, 0, whole=True)
+        check_ints("hidden", self.hidden, 1)
+        self.configs()
+
+    def configs(self) -> tuple[FFConfig, TrainConfig]:
+        """Of the network, which has no classifier, and of its training."""
+        network = {"label_scale": self.label_scale, "threshold": self.threshold}
+        network |= {"sharpness": self.sharpness, "seed": self.seed}
+        train = TrainConfig(self.epochs, self.batch_size, self.learning_rate)
+        return FFConfig(classifier=False, **network), train
 
 
 class RankLostError(RuntimeError):
@@ -183,21 +199,16 @@ class Ranks:
         room (IN_FLIGHT, largest size, width).
         """
         coming = deque()
-
-        def ask(number: int) -> None:
-            h = room[number % IN_FLIGHT, : sizes[number]]
-            coming.append((h, dist.irecv(h, self.rank - 1)))
-
-        for number in range(min(IN_FLIGHT, len(sizes))):
-            ask(number)
-        for number in range(len(sizes)):
-            h, work = coming.popleft()
-            with self._talk(self.rank - 1):
-                work.wait()
-            yield h
-            if number + IN_FLIGHT < len(sizes):
+        for number in range(len(sizes) + IN_FLIGHT):
+            if number >= IN_FLIGHT:
+                h, work = coming.popleft()
                 with self._talk(self.rank - 1):
-                    ask(number + IN_FLIGHT)
+                    work.wait()
+                yield h
+            if number < len(sizes):
+                h = room[number % IN_FLIGHT, : sizes[number]]
+                with self._talk(self.rank - 1):
+                    coming.append((h, dist.irecv(h, self.rank - 1)))
 
     def send(self, h: torch.Tensor) -> None:
         """Send activations to the rank above, if there is one, once the last ones are there."""
@@ -272,13 +283,14 @@ class Checkpoint:
         if not found:
             return None
         run = _load(found[max(found)])
+        then = {OLD_NAMES.get(name, name): value for name, value in run["settings"].items()}
         for name, value in settings.items():
-            if run["settings"].get(name) != value:
+            if then.get(name) != value:
                 raise ValueError(
                     f"{name} is {value!r}, but {relative(self.folder)} holds a training where it "
-                    f"is {run['settings'].get(name)!r}: give that, or another folder."
+                    f"is {then.get(name)!r}: give that, or another folder."
                 )
-        return run
+        return run | {"settings": then}
 
     def save_layers(self, shard: LayerShard, epoch: int) -> None:
         """Write the layers that are here."""
@@ -334,10 +346,10 @@ def train(settings: Settings, ranks: Ranks, checkpoint: Path | None = None) -> d
         counts = {"train": len(data.train_labels), "test": len(data.test_labels)}
         sizes = {"pixels": data.pixels, "classes": data.classes, "epoch": run["epoch"]} | counts
     before = _baseline(ranks)
-    sizes = sizes or ranks.broadcast()
-    shard = _shard(settings, sizes, ranks)
-    if data:  # nothing was refused: the others may begin
-        ranks.broadcast(sizes)
+    sizes = ranks.broadcast(sizes)
+    mine = partition([sizes["pixels"], *settings.hidden], ranks.size)[ranks.rank]
+    widths = (sizes["pixels"], sizes["classes"], list(settings.hidden))
+    shard = LayerShard(*widths, mine, settings.configs()[0], ranks.device)
     generator = torch.Generator().manual_seed(settings.seed)
     if sizes["epoch"]:
         store.load_layers(shard, sizes["epoch"])
@@ -360,13 +372,13 @@ def train(settings: Settings, ranks: Ranks, checkpoint: Path | None = None) -> d
             if store:
                 store.complete(run)
     error = stage.test_error()
-    mine = {
+    row = {
         "layers": [number + 1 for number in shard.mine],
         "tensor_bytes": sum(t.nbytes for t in [*shard.parameters(), *shard.buffers()]),
         "peak_bytes": _peak(ranks) - before,
         **work,
     }
-    gathered = ranks.gather((mine, [digest(layer) for layer in shard.own_layers()]))
+    gathered = ranks.gather((row, [digest(layer) for layer in shard.own_layers()]))
     if not data:
         return None
     return {
@@ -486,18 +498,14 @@ def digest(layer: FFLayer) -> str:
 def _prepare(
     settings: Settings, ranks: Ranks, store: Checkpoint | None
 ) -> tuple[datasets.Dataset, dict]:
-    """On the first rank: refuse what is wrong, load the data, and see what is done."""
-    check_number("train_size", settings.train_size, 0, whole=True)
-    check_ints("hidden", settings.hidden, 1)
+    """On the first rank: load the data, refuse what does not fit it, and see what is done."""
     if ranks.size > len(settings.hidden):
         raise ValueError(
             f"hidden has {len(settings.hidden)} layers for {ranks.size} ranks; give at least one "
             "layer for each."
         )
-    names = ("epochs", "batch_size", "learning_rate")
-    config = TrainConfig(**{name: getattr(settings, name) for name in names})
     data = datasets.load_dataset(settings.dataset, settings.train_size or None)
-    check_fit(data, config)
+    check_fit(data, settings.configs()[1])
     given = asdict(settings) | {"hidden": list(settings.hidden)}
     given |= {"dataset": data.name, "checksum": data.checksum}
     run = {"settings": given, "epoch": 0, "epochs": []}
@@ -519,14 +527,6 @@ def _baseline(ranks: Ranks) -> int:
 def _peak(ranks: Ranks) -> int:
     cuda = ranks.device.type == "cuda"
     return torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()
-
-
-def _shard(settings: Settings, sizes: dict[str, int], ranks: Ranks) -> LayerShard:
-    mine = partition([sizes["pixels"], *settings.hidden], ranks.size)[ranks.rank]
-    names = ("label_scale", "threshold", "sharpness", "seed")
-    config = FFConfig(classifier=False, **{name: getattr(settings, name) for name in names})
-    widths = (sizes["pixels"], sizes["classes"], list(settings.hidden))
-    return LayerShard(*widths, mine, config, ranks.device)
 
 
 def _batch_rows(samples: int, batch_size: int, rows: int) -> list[int]:
@@ -571,8 +571,7 @@ def torchrun_command(ranks: int, settings: Settings, *options: str) -> list[str]
 
     Ranks meet on the loopback address, whatever this machine's name resolves to.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)]
     command += ["-m", "ff_utils.distributed", *options]
     for name, value in asdict(settings).items():
@@ -584,11 +583,11 @@ def torchrun_command(ranks: int, settings: Settings, *options: str) -> list[str]
 def launch(ranks: int, settings: Settings, checkpoint: str | os.PathLike | None = None) -> dict:
     """Train in `ranks` fresh processes of this machine, one thread each; returns the record.
 
-    RuntimeError with the reason where they fail.
+    They end with this process. RuntimeError with the reason where they fail.
     """
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.json"
-        options = ["--record", str(record)]
+        options = ["--record", str(record), "--end-with", str(os.getpid())]
         if checkpoint:
             options += ["--checkpoint", str(user_path(checkpoint))]
         done = subprocess.run(
@@ -606,11 +605,14 @@ def launch(ranks: int, settings: Settings, checkpoint: str | os.PathLike | None 
     raise RuntimeError((reasons or lines)[-1])
 
 
-def _end_with(parent: int) -> None:
-    """End this process once its parent has ended: torchrun's ranks must not outlive it."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+def _end_with(ids: list[int]) -> None:
+    """End this process once one of those with these ids has ended, however it ended."""
+    try:
+        processes = [psutil.Process(number) for number in ids]
+        while all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes):
+            time.sleep(1)
+    finally:
+        os._exit(1)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -620,42 +622,46 @@ def main(arguments: list[str] | None = None) -> None:
     for field in fields(Settings):
         many = {"nargs": "+"} if field.name == "hidden" else {}
         kind = int if many else type(field.default)
-        name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, type=kind, default=field.default, **many)
+        names = [field.name, *(old for old, new in OLD_NAMES.items() if new == field.name)]
+        options = [f"--{name.replace('_', '-')}" for name in names]
+        parser.add_argument(*options, type=kind, default=field.default, **many)
     parser.add_argument("--checkpoint", type=user_path, help="a folder to keep every epoch in")
     parser.add_argument("--record", type=user_path, help="a file for the record, as JSON")
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
-    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds without answer")
+    timeout_help = "seconds to wait for another rank"
+    parser.add_argument("--timeout", "--patience", type=float, default=TIMEOUT, help=timeout_help)
+    parser.add_argument("--end-with", type=int, help="id of a process not to outlive")
     if int(os.environ.get("RANK", 0)) > 0:
         parser.error = lambda _: sys.exit(2)  # the first rank says it
-    options = vars(parser.parse_args(arguments))
-    checkpoint, record = options.pop("checkpoint"), options.pop("record")
-    threads, timeout = options.pop("threads"), options.pop("timeout")
+    given = parser.parse_args(arguments)
     try:
-        check_number("threads", threads, 1, whole=True)
-        check_number("timeout", timeout, 0, 1e6, above=True)
+        settings = Settings(**{f.name: getattr(given, f.name) for f in fields(Settings)})
+        check_number("threads", given.threads, 1, whole=True)
+        check_number("timeout", given.timeout, 0, 1e6, above=True)
     except ValueError as error:
         parser.error(str(error))
-    if dist.is_torchelastic_launched():
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    torch.set_num_threads(threads)
+    watched = [os.getppid()] if dist.is_torchelastic_launched() else []
+    watched += [given.end_with] if given.end_with else []
+    if watched:
+        threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
+    torch.set_num_threads(given.threads)
     try:
-        ranks = Ranks(timeout)
+        ranks = Ranks(given.timeout)
     except RuntimeError as error:
-        parser.exit(1, f"error: the ranks did not all meet within {timeout:g} s: {error}\n")
+        parser.exit(1, f"error: the ranks did not all meet within {given.timeout:g} s: {error}\n")
     # torchrun ends the others when one is lost: let each find out which, and say so, first.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
     try:
-        found = train(replace(Settings(), **options), ranks, checkpoint)
-        if found:
-            _print(found)
-            if record:
-                write_text(record, json.dumps(found, indent=1) + "\n")
+        record = train(settings, ranks, given.checkpoint)
+        if record:
+            _print(record)
+            if given.record:
+                write_text(given.record, json.dumps(record, indent=1) + "\n")
         ranks.broadcast()
     except RankLostError as error:
         again = "with --checkpoint FOLDER, a second start goes on from the last epoch"
-        if checkpoint:
-            again = f"the same command, on any number of ranks, goes on from {checkpoint}"
+        if given.checkpoint:
+            again = f"the same command, on any number of ranks, goes on from {given.checkpoint}"
         ranks.end(f"{error}: {again}.", 1)
     except (ValueError, FloatingPointError, OSError, datasets.DataNotFoundError) as error:
         ranks.end(str(error), 2)

@@ -1,6 +1,9 @@
 import itertools
+import json
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -163,11 +166,52 @@ def test_settings_out_of_range_are_refused_in_one_sentence(alone, tmp_path, monk
     refused("hidden has 3 layers for 4 ranks")
 
 
-def test_refusal_is_said_by_the_first_rank_alone():
-    done = torchrun(2, replace(LONG, hidden=(20,)))
-    said = errors(done.communicate(timeout=60)[1])
+def test_refusal_is_said_by_the_first_rank_alone_whatever_the_host_is_called():
+    command = distributed.torchrun_command(2, replace(LONG, hidden=(20,)))
+    renamed = ["unshare", "-Ur", "--uts", "sh", "-c", 'hostname nosuch.invalid && exec "$@"', "sh"]
+    if shutil.which("unshare") and not subprocess.run([*renamed, "true"], check=False).returncode:
+        command = [*renamed, *command]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode != 0
-    assert said == ["error: hidden has 1 layers for 2 ranks; give at least one layer for each."]
+    expected = "error: hidden has 1 layers for 2 ranks; give at least one layer for each."
+    assert errors(done.stderr) == [expected]
+
+
+def test_ranks_end_with_the_process_that_launched_them(tmp_path):
+    lines = ["from ff_utils.distributed import Settings, launch"]
+    lines += [f"launch(2, {replace(LONG, epochs=10**6)!r}, {str(tmp_path)!r})"]
+    command = [sys.executable, "-c", "; ".join(lines)]
+    launcher = psutil.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("epoch-*.run")):
+        assert launcher.poll() is None and time.sleep(0.05) is None
+    children = launcher.children(recursive=True)
+    assert len(children) >= 3  # torchrun and two ranks
+    launcher.kill()
+    _, alive = psutil.wait_procs([launcher, *children], timeout=30)
+    assert not alive
+
+
+def test_old_names_of_settings_are_read(alone, tmp_path, monkeypatch):
+    settings = replace(LONG, epochs=1, hidden=(8,), threshold=2.0, sharpness=3.0)
+    expected = distributed.train(settings, alone, tmp_path / "kept")
+    (run,) = (tmp_path / "kept").glob("*.run")
+    state = torch.load(run)
+    for old, name in (("theta", "threshold"), ("scale", "sharpness")):
+        state["settings"][old] = state["settings"].pop(name)
+    torch.save(state, run)
+    again = distributed.train(settings, alone, tmp_path / "kept")
+    assert again["settings"] == expected["settings"] and again["layers"] == expected["layers"]
+    given = []
+    monkeypatch.setattr(distributed, "Ranks", lambda timeout: given.append(timeout) or alone)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    options = ["--dataset", "digits", "--train-size", "300", "--hidden", "8", "--epochs", "1"]
+    options += ["--batch-size", "40", "--theta", "2", "--scale", "3", "--patience", "7"]
+    distributed.main([*options, "--record", str(tmp_path / "record")])
+    record = json.loads((tmp_path / "record").read_text())
+    assert record["layers"] == expected["layers"] and given == [7]
 
 
 def test_partition_is_as_even_as_whole_layers_allow():
