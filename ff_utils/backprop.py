@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint as checkpointed
+from torch.utils.checkpoint import checkpoint_sequential
 
 from ff_utils.config import TrainConfig
 from ff_utils.data import Dataset
@@ -20,6 +20,7 @@ from ff_utils.ff.network import classification_error
 from ff_utils.utils import HOST, allocation_category, check_choice, check_ints, check_number
 
 TORCH_OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+AUTOGRAD = {"use_reentrant": False, "preserve_rng_state": False}
 
 
 def mlp(
@@ -37,15 +38,15 @@ def mlp(
     normalised: each row gets length 1 between the hidden layers, as in the seed's "backprop".
     """
     check_ints("hidden", hidden, 1)
-    factory = {"device": device, "dtype": dtype}
+    kind = {"device": device, "dtype": dtype}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         modules: list[nn.Module] = []
         for number, (below, above) in enumerate(pairwise([pixels, *hidden])):
             if normalised and number > 0:
                 modules.append(RowNormalisation())
-            modules += [nn.Linear(below, above, **factory), nn.ReLU()]
-        modules.append(nn.Linear(hidden[-1], classes, **factory))
+            modules += [nn.Linear(below, above, **kind), nn.ReLU()]
+        modules.append(nn.Linear(hidden[-1], classes, **kind))
     return nn.Sequential(*modules)
 
 
@@ -96,27 +97,21 @@ class Backprop(nn.Module):
                 parameter.register_post_accumulate_grad_hook(lambda _, own=own: self._update(own))
         self.settings = {"parameters": [list(p.shape) for p in parameters], "optimizer": optimizer}
         self.settings |= {"checkpoint": checkpoint, "offload": offload}
-        self.settings |= {"optimizer_in_backward": optimizer_in_backward}
-        self.settings |= {"micro_batches": micro_batches}
+        self.settings["optimizer_in_backward"] = optimizer_in_backward
+        self.settings["micro_batches"] = micro_batches
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits: (rows, pixels) -> (rows, classes)."""
-        *lower, top = self.segments
-        for segment in lower:
-            images = checkpointed(segment, images, use_reentrant=False, preserve_rng_state=False)
-        return top(images)
+        return checkpoint_sequential(self.segments, len(self.segments), images, **AUTOGRAD)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """One update from images (rows, pixels) and labels (rows,); returns the mean loss ()."""
-        total = 0
-        size = -(-len(images) // self.micro_batches)
+        total, size = 0, -(-len(images) // self.micro_batches)
         parts = list(zip(images.split(size), labels.split(size), strict=True))
         for number, (part, part_labels) in enumerate(parts, start=1):
             self.last_part = number == len(parts)
             with self.host.saving(images) if self.host else nullcontext():
-                logits = self(part)
-                loss = nn.functional.cross_entropy(logits, part_labels, reduction="sum")
-            del logits  # or they would live until the next part's are there
+                loss = nn.functional.cross_entropy(self(part), part_labels, reduction="sum")
             loss = loss / len(images)
             loss.backward()
             total = total + loss.detach()

@@ -1,7 +1,7 @@
-"""Characters as classes: the next-character task, its n-gram baseline, perplexity, samples.
+"""Characters as classes: the next of 30 symbols from the ten before it.
 
-Hinton, arXiv 2212.13345, section 3.4: 30 symbols, the next character from the ten before it;
-negatives that end in the network's own guess, or that it wrote by itself (`Rollouts`).
+Hinton, arXiv 2212.13345, section 3.4. Negatives end in the network's own guess, or are what it
+wrote by itself (`Rollouts`). Baselines: backprop and n-grams.
 """
 
 import hashlib
@@ -28,30 +28,27 @@ SYMBOLS = "abcdefghijklmnopqrstuvwxyz ,;."
 FABLES = DATA / "fables.txt"
 JOINED = FFConfig(label="joined")
 METHODS = ("hard", "rollout", "random", "backprop")
-Classify = Callable[
-    [torch.Tensor], torch.Tensor
-]  # windows (rows, window * 30) -> logits (rows, 30)
+# windows (rows, window * 30) -> logits (rows, 30)
+Classify = Callable[[torch.Tensor], torch.Tensor]
 
 
 def clean(text: str) -> str:
-    """Lower-case text in the 30 symbols; every run of other marks becomes one space.
+    """Lower-case text in the 30 symbols; every run of other marks, line ends too, is one space.
 
-    Question and exclamation marks end sentences like full stops, colons pause like semicolons,
-    and apostrophes vanish inside words. Line ends are spaces, so that no two words merge.
+    Question and exclamation marks become full stops, colons semicolons; apostrophes vanish.
     """
     text = text.lower().replace("'", "").replace(":", ";")
     text = re.sub(r"[?!]", ".", text)
     return re.sub("[^a-z,;.]+", " ", text).strip()
 
 
-def load_text(path: str = "", window: int = 10, held_out: float = 0.1) -> Dataset:
+def load_text(path: str = "", window: int = 10) -> Dataset:
     """Windows of `window` characters, one-hot (N, window * 30), and the character after each.
 
-    path: a UTF-8 text file; empty for the built-in fables. Its last `held_out` part is the
-        test set. Raises ValueError for a missing or unreadable file or a text too short.
+    path: a UTF-8 text file, whose last tenth is the test set; empty for the built-in fables.
+        ValueError for one that cannot be read or is too short.
     """
     check_number("window", window, 1, 100, whole=True)
-    check_number("held_out", held_out, 0, 0.5, above=True)
     source = user_path(path) if path else FABLES
     try:
         text = clean(source.read_text(encoding="utf-8"))
@@ -62,7 +59,7 @@ def load_text(path: str = "", window: int = 10, held_out: float = 0.1) -> Datase
             f"text is {path!r}, with {len(text)} of the 30 symbols; give at least {100 * window}."
         )
     codes = encode(text)
-    split = round(len(codes) * (1 - held_out))
+    split = round(len(codes) * 0.9)
     train, test = codes[:split], codes[split:]
     return Dataset(
         name=source.stem,
@@ -76,18 +73,15 @@ def load_text(path: str = "", window: int = 10, held_out: float = 0.1) -> Datase
     )
 
 
-def validation_part(data: Dataset, part: float = 1 / 9) -> Dataset:
-    """The last `part` of the training text in the test text's place; no window crosses into it.
+def validation_part(data: Dataset) -> Dataset:
+    """The last ninth of the training text in the test text's place; no window crosses into it.
 
     A random choice of windows would not do: nine of a window's characters are its neighbour's.
     """
-    check_number("part", part, 0, 0.5, above=True)
-    size, window = round(part * len(data.train_labels)), data.shape[0]
-    if not 0 < size < len(data.train_labels) - window:
-        raise ValueError(
-            f"{data.name} has {len(data.train_labels)} windows to train on: too few to hold "
-            f"{part:.2g} of them out; give more text."
-        )
+    count, window = len(data.train_labels), data.shape[0]
+    size = round(count / 9)
+    if not 0 < size < count - window:
+        raise ValueError(f"{data.name} has {count} windows to train on: too few; give more text.")
     return replace(
         data,
         train_images=data.train_images[: -size - window],
@@ -157,10 +151,8 @@ class NGram:
             if counts is None:
                 break
             kinds, total = len(counts), sum(counts.values())
-            found = [
-                (counts[symbol] + kinds * below) / (total + kinds)
-                for symbol, below in zip(SYMBOLS, found, strict=True)
-            ]
+            pairs = zip(SYMBOLS, found, strict=True)
+            found = [(counts[symbol] + kinds * p) / (total + kinds) for symbol, p in pairs]
         return found
 
     def logits(self, codes: torch.Tensor, window: int) -> torch.Tensor:
@@ -183,10 +175,8 @@ def generate(
     codes = encode(start.rjust(window))
     for _ in range(length):
         row = nn.functional.one_hot(codes[-window:], len(SYMBOLS)).flatten()[None].float()
-        drawn = torch.multinomial(
-            classify(row.to(device)).softmax(1)[0].cpu(), 1, generator=generator
-        )
-        codes = torch.cat([codes, drawn])
+        probabilities = classify(row.to(device)).softmax(1)[0].cpu()
+        codes = torch.cat([codes, torch.multinomial(probabilities, 1, generator=generator)])
     return decode(codes[-length:])
 
 
@@ -198,13 +188,12 @@ def train(
     *,
     config: FFConfig = JOINED,
     start: str = "the fox said ",
-    checkpoint: str | Path | None = None,
-    quiet: bool = False,
+    **options: object,
 ) -> tuple[Classify, pd.DataFrame]:
     """Train a network to predict the next character; returns its logits and its history.
 
     method: "backprop", or the negatives of FF: "hard", "rollout" or "random".
-    config: of FF's network. Backprop's starts from the seed of `train_config`.
+    config: of FF's network. Backprop's starts from the seed of `train_config`. options: `fit`'s.
     The history is `fit`'s, with the perplexity on `data`'s test text, and forty characters that
     the network writes after `start`.
     """
@@ -221,8 +210,7 @@ def train(
         sample = generate(classify, start, 40, data.shape[0], device=device)
         return {"perplexity": score(classify, data)["perplexity"], "sample": sample}
 
-    kept = {"checkpoint": checkpoint, "note": note, "quiet": quiet}
-    return classify, fit(network, data, train_config, **kept)
+    return classify, fit(network, data, train_config, note=note, **options)
 
 
 def choose(
@@ -239,10 +227,9 @@ def choose(
     `data`'s test text, which must be a validation part.
 
     grid: fields of `TrainConfig`, each with the values to try. settings: more of `train`'s.
-    checkpoints: a folder below the repository's in which each run saves itself and goes on; empty
-        for none.
-    Returns the best network's logits and history, and a table with one row a run: method, the
-    grid's fields, perplexity, error.
+    checkpoints: a folder below the repository's in which each run saves itself and goes on.
+    Returns the best network's logits and history, and a row a run: method, the grid's fields,
+    perplexity, error.
     """
     best, rows = None, []
     for tried in ParameterGrid(grid):

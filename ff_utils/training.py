@@ -7,7 +7,7 @@ import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 
@@ -40,12 +40,15 @@ def fit(
     Columns: epoch, stage (the layer trained, from 0, or "layers", "softmax"; None for all), each
     loss (mean over batches), seconds (of training), error on `data`'s test part, `note`'s.
     Raises FloatingPointError if a loss is not finite or a layer is dead, ValueError for a config
-    that does not fit the network or the data, or for another run's checkpoint.
+    or a checkpoint that does not fit.
     """
     check_fit(data, config)
     stages = network.start_training(data, config)
     generator = torch.Generator().manual_seed(config.seed)
-    saved = Checkpoint(checkpoint, network, generator, run_settings(network, data, config))
+    # Everything that decides a run's result, by name.
+    settings = asdict(config) | {f"network.{k}": v for k, v in network.settings.items()}
+    settings |= {"data": data.checksum, "images": len(data.train_labels)}
+    saved = Checkpoint(checkpoint, network, generator, settings)
     rows, total = saved.load(), len(stages) * config.epochs
     batch_count = -(-len(data.train_labels) // config.batch_size)
     numbers = range(len(rows), total)
@@ -67,12 +70,6 @@ def fit(
         rows.append(row | network.after_epoch(data, epoch, stage) | note())
         saved.save(rows)
     return pd.DataFrame(rows)
-
-
-def run_settings(network: nn.Module, data: Dataset, config: TrainConfig) -> dict[str, object]:
-    """Everything that decides a run's result, by name."""
-    settings = asdict(config) | {f"network.{k}": v for k, v in network.settings.items()}
-    return settings | {"data": data.checksum, "images": len(data.train_labels)}
 
 
 class Checkpoint:
@@ -142,23 +139,19 @@ def fit_greedy_cached(
 ) -> pd.DataFrame:
     """Train each layer for `config.epochs` epochs before the next, on its cached inputs.
 
-    Device memory does not grow with depth: only one layer is at work, and its input is read from
-    `store` ("memory" of the host, or an empty folder), never recomputed. Batches and their
-    negatives (random wrong labels) are therefore drawn once; each epoch takes the batches in
-    another order. A layer's outputs replace its inputs in the store. The softmax is not trained.
-    Of `config`: epochs, batch_size, learning_rate, decay, seed.
-    Columns: epoch, layer, loss, seconds. Raises FloatingPointError if a loss is not finite.
+    Device memory does not grow with depth: only one layer is at work. Its input is read from
+    `store` ("memory" of the host, or an empty folder), where its output replaces it. Batches and
+    their negatives (random wrong labels) are therefore drawn once; each epoch takes the batches in
+    another order. The softmax is not trained. Of `config`: epochs, batch_size, learning_rate,
+    decay, seed. Columns: epoch, layer, loss, seconds. FloatingPointError as in `fit`.
     """
     check_fit(data, config)
     if network.config.label == "none":
         raise ValueError("label is 'none': greedy training needs labels, train by fit.")
     if config.dropout or config.random_shift:
-        raise ValueError(
-            "dropout and random_shift need new inputs in every epoch: give 0 for both."
-        )
+        raise ValueError("dropout and random_shift need new inputs in every epoch: give 0.")
     generator = torch.Generator().manual_seed(config.seed)
-    cache = open_store(store, network.grad_buffer.device)
-    sizes = []
+    cache, sizes = open_store(store, network.grad_buffer.device), []
     for number, (images, labels) in enumerate(batches(data, config.batch_size, generator)):
         wrong = random_negatives(labels, network.classes, generator)
         h = network.encode(images.repeat(2, 1), torch.cat([labels, wrong]))
@@ -169,22 +162,20 @@ def fit_greedy_cached(
         return cache.read(f"batch.{number}", h.new_empty(sizes[number], width))
 
     depth, rows = len(network.layers), []
-    for stage, layer in enumerate(network.iter_layers(range(depth), update=True)):
+    steps, epochs = config.epochs * len(sizes), range(1, config.epochs + 1)
+    for stage, layer in enumerate(network.iter_layers(range(depth), update=True), start=1):
         width, done = layer.in_features, 0
-        epochs = range(1, config.epochs + 1)
         for epoch in epochs if quiet else track(epochs, "epoch", len(rows), depth * config.epochs):
             start, total = time.perf_counter(), 0
             for number in torch.randperm(len(sizes), generator=generator).tolist():
-                share = done / (config.epochs * len(sizes))
-                rate = config.learning_rate * decay_factor(share, config.decay)
+                rate = config.learning_rate * decay_factor(done / steps, config.decay)
                 positives = sizes[number] // 2
                 _, loss = layer.step(cached(number, width), positives, rate, network.grad_buffer)
                 total, done = total + loss, done + 1
-            mean = float(total / len(sizes))
-            seconds = time.perf_counter() - start
-            check_finite({f"loss_{stage + 1}": mean}, epoch)
-            rows.append({"epoch": epoch, "layer": stage + 1, "loss": mean, "seconds": seconds})
-        if stage + 1 < depth:
+            mean, seconds = float(total / len(sizes)), time.perf_counter() - start
+            check_finite({f"loss_{stage}": mean}, epoch)
+            rows.append({"epoch": epoch, "layer": stage, "loss": mean, "seconds": seconds})
+        if stage < depth:
             for number in range(len(sizes)):
                 y = layer(cached(number, width))
                 layer.normalise_(y)
@@ -208,23 +199,20 @@ def compare(
     Columns: variant, what it changes, seed, error (by softmax), goodness_error (by the goodness
     of all layers), seconds.
     """
-    rows = []
+    rows, device = [], data.train_images.device
     runs = list(product(variants.items(), range(seeds)))
     for (name, changes), seed in track(runs, "run"):
+        network_config, run_config = (
+            replace(c, seed=seed, **{k: v for k, v in changes.items() if hasattr(c, k)})
+            for c in (config, train_config)
+        )
         sizes = (data.pixels, data.classes, changes.get("hidden", hidden))
-        trial_config = changed(config, changes, seed)
-        trial = ForwardForward(*sizes, trial_config, device=data.train_images.device)
-        history = fit(trial, data, changed(train_config, changes, seed), quiet=True)
+        trial = ForwardForward(*sizes, network_config, device=device)
+        history = fit(trial, data, run_config, quiet=True)
         row = {"variant": name, **changes, "seed": seed, "error": history.error.iloc[-1]}
         row["goodness_error"] = goodness_errors(trial, data)[-1]
         rows.append(row | {"seconds": history.seconds.sum()})
     return pd.DataFrame(rows)
-
-
-def changed(config: FFConfig | TrainConfig, changes: dict, seed: int) -> FFConfig | TrainConfig:
-    """`config` with this seed and with those of the `changes` that are fields of it."""
-    own = {field.name for field in fields(config)}
-    return replace(config, seed=seed, **{k: v for k, v in changes.items() if k in own})
 
 
 def epochs_to(errors: pd.Series, levels: Sequence[float]) -> list[int | None]:
@@ -256,8 +244,8 @@ def goodness_errors(network: nn.Module, data: Dataset) -> list[float]:
     wrong = 0
     for images, labels in test_batches(data, EVALUATION_ROWS // data.classes):
         g = network.label_goodness(images)
-        both = torch.cat([g, g.sum(0, keepdim=True)])
-        wrong = wrong + (both.argmax(2) != labels).sum(1)
+        scores = torch.cat([g, g.sum(0, keepdim=True)])
+        wrong = wrong + (scores.argmax(2) != labels).sum(1)
     return (wrong / len(data.test_labels)).tolist()
 
 
@@ -286,11 +274,10 @@ def random_shift(
     *_, height, width = shape
     planes = images.view(len(images), -1, height, width)
     padded = nn.functional.pad(planes, (most,) * 4).permute(0, 2, 3, 1)
-    down, right = torch.randint(0, 2 * most + 1, (2, len(images)), generator=generator).to(
-        images.device
-    )
-    rows = down[:, None] + torch.arange(height, device=images.device)
-    columns = right[:, None] + torch.arange(width, device=images.device)
+    shift = torch.randint(0, 2 * most + 1, (2, len(images), 1), generator=generator)
+    down, right = shift.to(images.device)
+    rows = down + torch.arange(height, device=images.device)
+    columns = right + torch.arange(width, device=images.device)
     which = torch.arange(len(images), device=images.device)[:, None, None]
     shifted = padded[which, rows[:, :, None], columns[:, None, :]]
     return shifted.permute(0, 3, 1, 2).flatten(1)

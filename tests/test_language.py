@@ -187,8 +187,8 @@ def test_rollouts_need_a_text_and_bad_settings_are_named(saying):
         fit(ForwardForward(digits.pixels, 10, [20]), digits, rollout)
     with pytest.raises(ValueError, match="method is 'easy'; choose one of: hard, rollout, random"):
         language.train("easy", saying, [20], TRAIN)
-    with pytest.raises(ValueError, match="saying has 12 windows to train on: too few"):
-        language.validation_part(saying.subset(12), 0.5)
+    with pytest.raises(ValueError, match="saying has 11 windows to train on: too few"):
+        language.validation_part(saying.subset(11))
 
 
 def test_load_text_refuses_bad_texts(tmp_path):

@@ -1,10 +1,9 @@
 """The Forward-Forward layer: Hinton, "The Forward-Forward Algorithm", arXiv 2212.13345, section 2.
 
-A layer sees positive rows (real data) and negative rows (wrong data). Its goodness is the mean of
-its squared activations. It learns to have goodness above a threshold on positive rows and below
-it on negative rows. Its output is normalised, so that the next layer cannot read the goodness
-off the length. The gradient is written out (`FFLayer.step`): there is no autograd and no graph,
-and nothing is stored for a backward pass.
+A layer sees positive rows (real data) and negative rows (wrong data). It learns to have goodness,
+the mean of its squared activations, above a threshold on positive rows and below it on negative
+ones. Its output is normalised, so that the next layer cannot read the goodness off the length.
+The gradient is written out (`FFLayer.step`): no autograd, no graph, nothing stored.
 """
 
 import math
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy, softplus
 from torch.optim.adam import adam
 
 from ff_utils.config import ORIGINAL_LOSSES, LayerConfig
@@ -50,15 +50,15 @@ def normalise_(y: torch.Tensor, kind: str) -> torch.Tensor:
 # The losses. A layer asks "is this row positive?" and answers p = sigmoid(x), where
 # x = sharpness * (goodness - threshold). A loss takes the x of rows whose true answer has a sign,
 # +1 for positive rows and -1 for negative ones. It returns its value and its derivative in x.
-Loss = tuple[torch.Tensor, torch.Tensor]
+Two = tuple[torch.Tensor, torch.Tensor]
 
 
-def softplus_loss(x: torch.Tensor, sign: float) -> Loss:
+def softplus_loss(x: torch.Tensor, sign: float) -> Two:
     """-log p for positive rows, -log(1 - p) for negative ones. Section 2, equation 1."""
-    return nn.functional.softplus(-sign * x), -sign * torch.sigmoid(-sign * x)
+    return softplus(-sign * x), -sign * torch.sigmoid(-sign * x)
 
 
-def probabilistic_loss(x: torch.Tensor, sign: float) -> Loss:
+def probabilistic_loss(x: torch.Tensor, sign: float) -> Two:
     """-log p for positive rows, +log p for negative ones: the original's `probabilistic_loss_fn`.
 
     Its gradient on negative rows vanishes where it should be largest: far above the threshold.
@@ -67,35 +67,30 @@ def probabilistic_loss(x: torch.Tensor, sign: float) -> Loss:
     return -sign * torch.log(p + 1e-6), -sign * p * (1 - p) / (p + 1e-6)
 
 
-def linear_loss(x: torch.Tensor, sign: float) -> Loss:
+def linear_loss(x: torch.Tensor, sign: float) -> Two:
     """-x for positive rows, x for negative ones: the original's `loss_fn`, unbounded below."""
     return -sign * x, torch.full_like(x, -sign)
 
 
-def pairwise_loss(g: torch.Tensor, positives: int) -> Loss:
+def pairwise_loss(x: torch.Tensor, positives: int) -> Two:
     """-log p(the positive row of a pair has more goodness): value (pairs,), derivative (rows,).
 
-    g: goodness times the sharpness; the first `positives` rows are positive, and as many negative
-    ones follow in the same order. There is no threshold: what is easy or hard about an image
-    cancels out. SymBa (Lee and Song, arXiv 2303.08418, section 3).
+    The first `positives` rows are positive, and as many negative ones follow in the same order.
+    The threshold cancels out, and so does what is easy or hard about an image. SymBa (Lee and
+    Song, arXiv 2303.08418, section 3).
     """
-    difference = g[:positives] - g[positives:]
+    difference = x[:positives] - x[positives:]
     slope = -torch.sigmoid(-difference)
-    return nn.functional.softplus(-difference), torch.cat([slope, -slope])
+    return softplus(-difference), torch.cat([slope, -slope])
 
 
-LOSS_FUNCTIONS = {
-    "softplus": softplus_loss,
-    "probabilistic": probabilistic_loss,
-    "linear": linear_loss,
-    "pairwise": pairwise_loss,
-}
+LOSS_FUNCTIONS = {"softplus": softplus_loss, "probabilistic": probabilistic_loss}
+LOSS_FUNCTIONS |= {"linear": linear_loss, "pairwise": pairwise_loss}
 
 
 class Part(NamedTuple):
-    """Some rows of a batch in which the positive rows come first.
+    """Some rows of a batch, of which the first `positives` are positive.
 
-    rows: where they are in the batch; positives: how many of them are positive.
     counts: all positive and all negative rows of the batch: the loss is a mean over each.
     """
 
@@ -143,7 +138,7 @@ class FFLayer(nn.Module):
         bias = torch.empty(out_features, dtype=dtype).uniform_(-bound, bound, generator=generator)
         self.weight = nn.Parameter(weight.to(device), requires_grad=False)
         self.bias = nn.Parameter(bias.to(device), requires_grad=False)
-        self.optimizer = make_optimizer(config.optimizer, self, config.weight_decay)
+        self.optimizer = OPTIMIZERS[config.optimizer](self, config.weight_decay)
 
     def forward(self, h: "torch.Tensor | FactoredInput") -> torch.Tensor:
         """y = relu(h W^T + b): (rows, in_features) -> (rows, out_features)."""
@@ -161,7 +156,7 @@ class FFLayer(nn.Module):
         width = self.out_features if self.config.normalisation == "length" else 1
         return divisor.sub_(EPSILON).square_().div_(width)
 
-    def local_loss(self, g: torch.Tensor, part: Part) -> Loss:
+    def local_loss(self, g: torch.Tensor, part: Part) -> Two:
         """Loss () of the goodness (rows,) of a part of a batch; its derivative in g (rows,).
 
         ValueError where the loss is "pairwise" and the part is not a whole batch of pairs.
@@ -170,7 +165,7 @@ class FFLayer(nn.Module):
         if self.loss is pairwise_loss:
             if not len(g) == 2 * part.positives == 2 * positive:
                 raise ValueError("loss 'pairwise' needs whole batches, half of them positive.")
-            value, slope = self.loss(g.mul(sharpness), positive)
+            value, slope = pairwise_loss(g * sharpness, positive)
             return value.sum() / positive, slope.mul_(sharpness / positive)
         x = (g - self.config.threshold).mul_(sharpness)
         value_positive, slope_positive = self.loss(x[: part.positives], 1.0)
@@ -186,7 +181,7 @@ class FFLayer(nn.Module):
         learning_rate: float,
         grad_buffer: torch.Tensor,
         micro_batches: int = 1,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Two:
         """Train on one batch; returns the normalised output (rows, out_features) and the loss ().
 
         h: (rows, in_features), normalised, the first `positives` rows positive, the rest
@@ -219,12 +214,8 @@ class FFLayer(nn.Module):
         return output, loss
 
     def add_gradient(
-        self,
-        h: "torch.Tensor | FactoredInput",
-        part: Part,
-        dw: torch.Tensor,
-        db: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, h: "torch.Tensor | FactoredInput", part: Part, dw: torch.Tensor, db: torch.Tensor
+    ) -> Two:
         """Add the gradient of a part of a batch to `dw` and `db`; the first part overwrites them.
 
         h: the part's rows, OVERWRITTEN; or a `FactoredInput`, which is a whole batch.
@@ -250,7 +241,7 @@ class SoftmaxClassifier(nn.Module):
     It sends nothing back into the layers. From the neutral label's activations it predicts the
     class and says which wrong labels are hard (section 3.3). Activations are read at mean square
     1, whatever the layers' normalisation: logits = sum over layers of gain_l h_l A_l^T + a.
-    widths: of all layers; first: the first one that it reads, from 1.
+    They may come one at a time: none is kept. widths: of all layers; first: the first one read.
     """
 
     def __init__(
@@ -260,26 +251,21 @@ class SoftmaxClassifier(nn.Module):
         config: LayerConfig = LayerConfig(),
         *,
         first: int = 1,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        **kind: object,
     ) -> None:
         super().__init__()
         check_number("first_read", first, 1, len(widths), whole=True)
         self.unread, self.widths = first - 1, widths[first - 1 :]
         unit_length = config.normalisation == "length"
         self.gains = [math.sqrt(w) if unit_length else 1.0 for w in self.widths]
-        kind = {"device": device, "dtype": dtype}
         weight, bias = torch.zeros(classes, sum(self.widths), **kind), torch.zeros(classes, **kind)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False)
-        self.optimizer = make_optimizer(config.optimizer, self)
+        self.optimizer = OPTIMIZERS[config.optimizer](self)
         self.register_buffer("confusion", torch.full((classes, classes), 1 / classes, **kind))
 
     def forward(self, activations: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Logits (rows, classes) of all layers' normalised activations, each (rows, width).
-
-        The activations may come one at a time: none is kept.
-        """
+        """Logits (rows, classes) of all layers' normalised activations, each (rows, width)."""
         logits = self.bias
         for h, gain, block in self._read(activations, self.weight):
             logits = torch.addmm(logits, h, block.t(), alpha=gain)
@@ -293,7 +279,7 @@ class SoftmaxClassifier(nn.Module):
         learning_rate: float,
     ) -> torch.Tensor:
         """One step of cross-entropy on `logits` = self(activations); returns the loss ()."""
-        loss = nn.functional.cross_entropy(logits, labels)
+        loss = cross_entropy(logits, labels)
         error = logits.softmax(dim=1)
         error[torch.arange(len(labels), device=labels.device), labels] -= 1
         error /= len(labels)
@@ -331,14 +317,10 @@ class SGD:
 
     def update(self, gradients: list[torch.Tensor], learning_rate: float) -> None:
         """One step along the gradients of weight and bias."""
-        for parameter, gradient in zip(self.parameters(), gradients, strict=True):
+        for p, gradient in zip((self.module.weight, self.module.bias), gradients, strict=True):
             if self.weight_decay:
-                parameter.mul_(1 - learning_rate * self.weight_decay)
-            parameter.add_(gradient, alpha=-learning_rate)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Weight and bias; asked for at each step, since an offloaded layer replaces them."""
-        return [self.module.weight, self.module.bias]
+                p.mul_(1 - learning_rate * self.weight_decay)
+            p.add_(gradient, alpha=-learning_rate)
 
 
 # PyTorch's defaults, in one fused operation that makes no temporary.
@@ -347,10 +329,9 @@ ADAM |= {"amsgrad": False, "maximize": False}
 
 
 class Adam(SGD):
-    """Adam on a module's `weight` and `bias`.
+    """Adam on a module's `weight` and `bias`, its state in the module's buffers.
 
-    The state is in the module's buffers, so that it is saved, moved and counted with it. Weight
-    decay does not pass through the moments (AdamW: Loshchilov and Hutter, arXiv 1711.05101).
+    Weight decay does not pass through the moments (AdamW: Loshchilov and Hutter, arXiv 1711.05101).
     """
 
     def __init__(self, module: nn.Module, weight_decay: float = 0.0) -> None:
@@ -367,14 +348,12 @@ class Adam(SGD):
     def update(self, gradients: list[torch.Tensor], learning_rate: float) -> None:
         """One step along the gradients of weight and bias."""
         self.before_update()
-        first, second, steps = (
-            [self.module.get_buffer(f"{name}_{state}") for name in ("weight", "bias")]
-            for state in ("first_moment", "second_moment", "steps")
+        parameters, first, second, steps = (
+            [getattr(self.module, f"{name}{state}") for name in ("weight", "bias")]
+            for state in ("", "_first_moment", "_second_moment", "_steps")
         )
         moving = {"lr": learning_rate, "weight_decay": self.weight_decay}
-        adam(self.parameters(), gradients, first, second, [], steps, **moving, **ADAM)
+        adam(parameters, gradients, first, second, [], steps, **moving, **ADAM)
 
 
-def make_optimizer(name: str, module: nn.Module, weight_decay: float = 0.0) -> SGD:
-    """The optimizer called `name` for a module's `weight` and `bias`."""
-    return {"adam": Adam, "sgd": SGD}[name](module, weight_decay)
+OPTIMIZERS = {"adam": Adam, "sgd": SGD}

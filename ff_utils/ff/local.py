@@ -26,12 +26,10 @@ class LocalFFLayer(FFLayer):
     """As `FFLayer`, but each unit sees some of the inputs: locally connected.
 
     fields: (positions, seen), the numbers of the inputs that the units at each position see;
-        -1 beyond the edge, where there is nothing to see, only if `config.padded`.
-    channels: units at each position. With `config.local_goodness` each position has a goodness, a
-        loss and a normalisation of its own.
+        -1 beyond the edge, only if `config.padded`.
+    channels: units at each position.
     Weights (positions, channels, seen); output (rows, positions * channels), position after
-    position. A row's numbers lie apart in memory and a batch's side by side, so that a field is
-    gathered in runs.
+    position. A batch's numbers lie side by side in memory, so that a field is gathered in runs.
     """
 
     def __init__(
@@ -109,10 +107,9 @@ class LocalForwardForward(ForwardForward):
 
     shape: (height, width) or (channels, height, width) of an image.
     fields: of each layer the width of its square fields, the stride from one to the next, and
-        the units at each position. The first layer's lie on the image, any other's on the grid
-        of positions below, all units of which they see.
-    config: label "joined" to what every position of the first layer sees, or "none"; `padded`:
-        fields reach half their width beyond the edges, where there is nothing.
+        the units at each position. Fields lie on the grid of positions below, all units of which
+        they see; padded ones reach half their width beyond the edges.
+    config: label "joined" to what every position of the first layer sees, or "none".
     """
 
     def __init__(
@@ -126,13 +123,18 @@ class LocalForwardForward(ForwardForward):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         check_choice("label", config.label, ("joined", "none"))
-        _check_geometry(shape, fields)
+        if len(shape) not in (2, 3):
+            wanted = "(height, width) or (channels, height, width)"
+            raise ValueError(f"shape is {tuple(shape)}; give {wanted}.")
         pixels = math.prod(shape)
         codes = classes if config.label == "joined" else 0
         numbers = torch.arange(pixels + codes)
         grid, label = numbers[:pixels].view(-1, *shape[-2:]).permute(1, 2, 0), numbers[pixels:]
         self._plan, hidden, in_features = [], [], pixels + codes
-        for number, (field, stride, channels) in enumerate(fields, start=1):
+        for number, layer in enumerate(fields, start=1):
+            if len(layer) != 3:
+                raise ValueError(f"layer {number} is {layer!r}; give field, stride and channels.")
+            field, stride, channels = layer
             check_number(f"the channels of layer {number}", channels, 1, whole=True)
             seen = windows(grid, field, stride, config.padded, f"layer {number}")
             high, wide, _ = seen.shape
@@ -152,26 +154,15 @@ class LocalForwardForward(ForwardForward):
         return self._plan
 
     def labelled_input(self, images: torch.Tensor) -> DenseInput:
-        """Images (N, pixels) as the first layer reads them, to be given labels."""
+        """As `ForwardForward`, the rows in memory."""
         return DenseInput(images, self.encode)
 
 
 def windows(grid: torch.Tensor, field: int, stride: int, padded: bool, where: str) -> torch.Tensor:
-    """The numbers in every field on a grid of numbers (height, width, channels): (fields down,
-    fields across, field * field * channels), -1 beyond the edges."""
+    """Every field's numbers on a grid (height, width, channels) of them, -1 beyond the edges:
+    (fields down, fields across, field * field * channels)."""
     margin = field // 2 if padded else 0
     check_number(f"the field of {where}", field, 1, min(grid.shape[:2]) + 2 * margin, whole=True)
     check_number(f"the stride of {where}", stride, 1, whole=True)
     wide = nn.functional.pad(grid, (0, 0, *(margin,) * 4), value=-1)
     return wide.unfold(0, field, stride).unfold(1, field, stride).flatten(2)
-
-
-def _check_geometry(shape: Sequence[int], fields: Sequence[Sequence[int]]) -> None:
-    if len(shape) not in (2, 3):
-        wanted = "(height, width) or (channels, height, width)"
-        raise ValueError(f"shape is {tuple(shape)}; give {wanted}.")
-    if not fields:
-        raise ValueError(f"fields is {fields!r}; give field, stride and channels of every layer.")
-    for number, layer in enumerate(fields):
-        if len(layer) != 3:
-            raise ValueError(f"fields[{number}] is {layer!r}; give field, stride and channels.")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from ff_utils.config import FFConfig
 from ff_utils.data import Dataset
 from ff_utils.ff.layers import EPSILON
 from ff_utils.utils import check_number
@@ -23,11 +24,10 @@ def with_label(
     label: str = "pixels",
     scale: float = 1.0,
 ) -> torch.Tensor:
-    """Images (N, pixels) with their labels (N,) written in, as a new tensor.
+    """Images (N, pixels) with their labels (N,), or the neutral label for None, as a new tensor.
 
     label: "pixels" overwrites the first `classes` pixels with the one-hot label (Hinton);
         "joined" appends it as `classes` more inputs (the original package); "none" writes nothing.
-    labels: None writes the neutral label, 1 / classes everywhere.
     """
     if label == "none":
         return images.clone()
@@ -40,7 +40,7 @@ def with_label(
 def one_hot(
     labels: torch.Tensor | None, rows: int, classes: int, scale: float, like: torch.Tensor
 ) -> torch.Tensor:
-    """One-hot labels times `scale`, (rows, classes); the neutral label where labels is None."""
+    """One-hot labels times `scale`, (rows, classes); for None the neutral label, all equal."""
     if labels is None:
         return like.new_full((rows, classes), scale / classes)
     return like.new_zeros(rows, classes).scatter_(1, labels[:, None], scale)
@@ -50,35 +50,29 @@ class FactoredInput:
     """A first layer's input, images with labels written in, without the rows in memory.
 
     The product of the images with the weights is computed once for all the labels that are tried,
-    and so is the gradient of those weights. `with_labels` gives the rows: one block of N images
-    for each of its arguments. They are those of `with_label`, normalised by `normalise_`.
+    and so is the gradient of those weights. The rows are those of `with_label`, normalised.
     """
 
-    def __init__(
-        self, images: torch.Tensor, classes: int, label: str, scale: float, normalisation: str
-    ) -> None:
-        pixels = images.shape[1]
-        joined = label == "joined"
+    def __init__(self, images: torch.Tensor, classes: int, config: FFConfig) -> None:
+        pixels, joined = images.shape[1], config.label == "joined"
         self.image = images if joined else images[:, classes:]
         self.image_columns = slice(0, pixels) if joined else slice(classes, None)
         self.label_columns = slice(pixels, None) if joined else slice(0, classes)
-        self.classes, self.scale = classes, scale
-        self.width = self.image.shape[1] + classes if normalisation == "mean_square" else 1
+        self.classes, self.scale = classes, config.label_scale
+        mean_square = config.normalisation == "mean_square"
+        self.width = self.image.shape[1] + classes if mean_square else 1
         self.squares = torch.linalg.vector_norm(self.image, dim=1).square_()
         self.labels: tuple[torch.Tensor | None, ...] = ()
         self.shared: dict[str, torch.Tensor] = {}
 
     def with_labels(self, *labels: torch.Tensor | None) -> "FactoredInput":
-        """The same images with these labels, each (N,) or None for the neutral label."""
+        """A block of the N images for each of `labels`, (N,) or None for the neutral label."""
         rows = copy.copy(self)
         rows.labels = labels
         return rows
 
     def drop_pixels(self, share: float, generator: torch.Generator) -> None:
-        """`drop_pixels` of the images, the same pixels for every label.
-
-        Rows are divided by the norm they had before: they are not normalised again.
-        """
+        """`drop_pixels` of the images; rows are still divided by the norm they had before."""
         self.image = drop_pixels(self.image, share, generator)
 
     def __len__(self) -> int:
@@ -126,21 +120,18 @@ class FactoredInput:
 
 
 class DenseInput:
-    """As `FactoredInput`, with the rows in memory: for layers that cannot share a product.
-
-    encode: (images, labels or None) -> normalised rows.
-    """
+    """As `FactoredInput`, with the rows in memory; encode: (images, labels) -> normalised rows."""
 
     def __init__(self, images: torch.Tensor, encode: Callable[..., torch.Tensor]) -> None:
         self.images, self.encode = images, encode
 
     def with_labels(self, *labels: torch.Tensor | None) -> torch.Tensor:
-        """The same images with these labels, a block of N rows for each."""
+        """A block of N rows for each of `labels`."""
         blocks = [self.encode(self.images, block) for block in labels]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def drop_pixels(self, share: float, generator: torch.Generator) -> None:
-        """`drop_pixels` of the images, the same for every label; rows are normalised after it."""
+        """`drop_pixels` of the images; rows are normalised after it."""
         self.images = drop_pixels(self.images, share, generator)
 
 
@@ -162,27 +153,21 @@ def random_negatives(
 def hard_negatives(
     logits: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """A wrong label for each true one (N,), drawn from the network's own predictions.
+    """A wrong label for each true one (N,), drawn from what the classifier predicts: section 3.3.
 
-    logits: (N, classes) of the classifier under the neutral label. The true label's probability
-    is set to zero before drawing. The wrong labels that the network finds plausible teach it
-    most (Hinton, section 3.3). A nan counts as the least plausible.
+    logits: (N, classes) under the neutral label. A nan counts as the least plausible.
     """
     logits = logits.float().nan_to_num(torch.finfo(torch.float32).min)
     return sample_classes(logits.scatter_(1, labels[:, None], -torch.inf).softmax(dim=1), generator)
 
 
 def sample_classes(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A class for each row of `probabilities` (N, classes), never one of probability zero.
-
-    One uniform number a row is looked up in the cumulative sums, in float32: in less precision a
-    number below 1 is rounded to 1.
-    """
+    """A class for each row of `probabilities` (N, classes), never one of probability zero."""
+    # In float32: in less precision a number below 1 is rounded to 1.
     draw = torch.rand(len(probabilities), 1, generator=generator, device=generator.device)
     cumulative = probabilities.cumsum(dim=1, dtype=torch.float32)
     target = draw.to(cumulative) * cumulative[:, -1:]
-    last = probabilities.shape[1] - 1
-    sampled = (cumulative <= target).sum(dim=1).clamp_(max=last)
+    sampled = (cumulative <= target).sum(dim=1).clamp_(max=probabilities.shape[1] - 1)
     # Rounding can end on a class of probability zero.
     possible = probabilities.gather(1, sampled[:, None])[:, 0] > 0
     return torch.where(possible, sampled, probabilities.argmax(dim=1))
@@ -193,11 +178,10 @@ def hybrid_images(
 ) -> torch.Tensor:
     """Of each image (N, pixels) what a smooth random mask shows, elsewhere another image's.
 
-    Each piece looks like a digit, the whole does not: negatives that need no label and that only
-    long-range shape can tell from images. The mask is where random bits, blurred `mask_blurs`
-    times by [1/4, 1/2, 1/4] in both directions, exceed a half. It is the same for all channels.
-    shape: (height, width) or (channels, height, width) of an image. The other image is that of
-    the row before: the rows must come in random order. Hinton, section 3.2.
+    Negatives that need no label and that only long-range shape can tell from images (Hinton,
+    section 3.2). The mask, one for all channels, is where random bits, blurred `mask_blurs` times
+    by [1/4, 1/2, 1/4] in both directions, exceed a half. The other image is that of the row
+    before: rows must come in random order. shape: ([channels,] height, width) of an image.
     """
     check_number("images", len(images), 2)
     *_, height, width = shape
@@ -210,7 +194,7 @@ def hybrid_images(
 
 
 def _blur(size: int, times: int) -> torch.Tensor:
-    """The matrix (size, size) that blurs a line `times` times; the line's ends are repeated."""
+    """The matrix (size, size) that blurs a line `times` times; its ends are repeated."""
     padded = torch.eye(size)[[0, *range(size), size - 1]]
     once = padded[:-2] / 4 + padded[1:-1] / 2 + padded[2:] / 4
     return torch.linalg.matrix_power(once, times)
@@ -219,11 +203,9 @@ def _blur(size: int, times: int) -> torch.Tensor:
 class Rollouts(nn.Module):
     """Negatives for text: what the network itself writes, one stream of text a row of a batch.
 
-    In Hinton's paper the network writes in a phase of its own ("sleep"). Here each training step
-    lets every stream write one character, at the cost of one more forward pass, so that the
-    author is always the network as it is now. A stream of `length` characters begins anew with a
-    real window. A negative row is a stream's window and the character that the network put after
-    it. The streams are buffers, so that checkpoints hold them.
+    In Hinton's paper the network writes in a phase of its own ("sleep"). Here every training step
+    lets each stream write one character, at the cost of one more forward pass. A negative row is a
+    stream's window and that character. A stream begins anew with a real window after `length`.
     """
 
     def __init__(self, data: Dataset, streams: int, length: int) -> None:
@@ -240,10 +222,8 @@ class Rollouts(nn.Module):
     def write(
         self, classify: Callable, images: torch.Tensor, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Windows (rows, pixels) of as many streams as there are `images`, and the characters
-        (rows,) drawn from `classify` (windows -> logits) to follow them.
-
-        images: the real windows that streams begin anew with.
+        """Windows (rows, pixels) of a stream for each of `images`, the real windows to begin anew
+        with, and the characters (rows,) drawn from `classify` (windows -> logits) to follow them.
         """
         windows, ages = self.windows[: len(images)], self.ages[: len(images)]
         ended = ages >= self.length

@@ -15,17 +15,9 @@ from torch import nn
 
 from ff_utils.config import FFConfig, RecurrentConfig, TrainConfig
 from ff_utils.data import Dataset, test_batches
+from ff_utils.ff import negatives
 from ff_utils.ff.layers import FFLayer, SoftmaxClassifier, normalise_, split_batch
-from ff_utils.ff.negatives import (
-    DenseInput,
-    FactoredInput,
-    Rollouts,
-    drop_pixels,
-    hard_negatives,
-    hybrid_images,
-    random_negatives,
-    with_label,
-)
+from ff_utils.ff.negatives import DenseInput, FactoredInput
 from ff_utils.utils import allocation_category, check_choice, check_ints, check_number
 
 PREDICTIONS = ("softmax", "goodness", "both")
@@ -35,7 +27,8 @@ EVALUATION_ROWS = 2000
 class FFNetwork(nn.Module):
     """What every FF network has: sizes, settings, predictions, and the end of an epoch.
 
-    A network has `layers`, a `softmax` classifier or None, and the two methods that have no body.
+    A network has `layers`, a `softmax` classifier or None, `neutral_activations(images, depth)`
+    and `label_goodness(images)`.
     """
 
     def __init__(
@@ -52,17 +45,6 @@ class FFNetwork(nn.Module):
         self.settings.pop("recompute", None)  # the results are the same bits
         self.optimizers: list[nn.Module] = []  # what a checkpoint holds besides the network
 
-    def neutral_activations(
-        self, images: torch.Tensor, depth: int | None = None
-    ) -> Iterator[torch.Tensor]:
-        """Normalised activations (N, width) of the first `depth` layers, or all, without a label,
-        one layer at a time. images: (N, pixels)."""
-        raise NotImplementedError
-
-    def label_goodness(self, images: torch.Tensor) -> torch.Tensor:
-        """Goodness of every label in every layer: images (N, pixels) -> (layers, N, classes)."""
-        raise NotImplementedError
-
     def classify(self, images: torch.Tensor, depth: int | None = None) -> torch.Tensor:
         """The classifier's logits (N, classes) of images (N, pixels), from `depth` layers or all.
 
@@ -75,8 +57,13 @@ class FFNetwork(nn.Module):
     def after_epoch(self, data: Dataset, epoch: int, stage: int | str | None = None) -> dict:
         """The classifier's test error, once it is trained; FloatingPointError for a dead layer."""
         depth = stage + 1 if isinstance(stage, int) else len(self.layers)
-        some = data.test_images[:EVALUATION_ROWS]
-        refuse_dead_layers(self.neutral_activations(some, depth), epoch)
+        some = self.neutral_activations(data.test_images[:EVALUATION_ROWS], depth)
+        for number, h in enumerate(some, start=1):
+            if not h.any():
+                raise FloatingPointError(
+                    f"layer {number} is dead in epoch {epoch}: all its units are zero for every "
+                    "image; lower learning_rate or threshold."
+                )
         if stage == "layers":
             return {}
         return {"error": classification_error(partial(self.classify, depth=depth), data)}
@@ -99,10 +86,7 @@ class FFNetwork(nn.Module):
     def predict(
         self, images: torch.Tensor, by: str = "goodness", rows: int = EVALUATION_ROWS
     ) -> torch.Tensor:
-        """Class of each image (N,): the best of `scores`.
-
-        rows: network inputs taken at a time, so that memory stays small.
-        """
+        """Class of each image (N,): the best of `scores`, from `rows` network inputs at a time."""
         size = rows if by == "softmax" else max(1, rows // self.classes)
         return torch.cat([self.scores(part, by).argmax(1) for part in images.split(size)])
 
@@ -110,8 +94,8 @@ class FFNetwork(nn.Module):
 class ForwardForward(FFNetwork):
     """A stack of FF layers that reads an image with a label written in.
 
-    config: see `FFConfig`. With label="none" the network reads images alone and learns without
-    labels. label="joined", normalisation="length", threshold=2, sharpness=1 is the original's.
+    With label="none" it reads images alone and learns without labels. label="joined",
+    normalisation="length", threshold=2, sharpness=1 is the original's.
     """
 
     def __init__(
@@ -158,19 +142,16 @@ class ForwardForward(FFNetwork):
 
     def encode(self, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """Images (N, pixels) with labels (N,), or the neutral label for None, normalised."""
-        images = images.to(self.grad_buffer.dtype)
-        h = with_label(images, labels, self.classes, self.config.label, self.config.label_scale)
+        images, label = images.to(self.grad_buffer.dtype), self.config.label
+        h = negatives.with_label(images, labels, self.classes, label, self.config.label_scale)
         normalise_(h, self.config.normalisation)
         return h
 
     def labelled_input(self, images: torch.Tensor) -> FactoredInput | DenseInput:
         """Images (N, pixels) as the first layer reads them, to be given labels."""
-        config = self.config
-        if config.label == "none":
+        if self.config.label == "none":
             return DenseInput(images, self.encode)
-        images = images.to(self.grad_buffer.dtype)
-        choices = (config.label, config.label_scale, config.normalisation)
-        return FactoredInput(images, self.classes, *choices)
+        return FactoredInput(images.to(self.grad_buffer.dtype), self.classes, self.config)
 
     def forward(self, h: torch.Tensor | FactoredInput) -> list[torch.Tensor]:
         """Normalised activations of every layer: (rows, inputs) -> list of (rows, width)."""
@@ -205,10 +186,9 @@ class ForwardForward(FFNetwork):
         learning_rate: float,
         micro_batches: int = 1,
     ) -> torch.Tensor:
-        """Train every layer on one batch; returns their losses (layers,).
+        """Train every layer on one batch, as `FFLayer.step`; returns their losses (layers,).
 
-        h: as in `FFLayer.step`, OVERWRITTEN. A layer is done before the next one starts: two
-        activations live at a time, or one and a part of one with `micro_batches`.
+        A layer is done before the next one starts: two activations live at a time.
         """
         losses = []
         for layer in self.iter_layers(range(len(self.layers)), update=True):
@@ -221,54 +201,49 @@ class ForwardForward(FFNetwork):
     ) -> torch.Tensor:
         """As `step`, but each part of the batch goes through all layers before the next part.
 
-        Needs less where activations outweigh weights: every layer's gradient is kept from part to
-        part, and the activations of one part only. h: (rows, inputs), normalised; left as it is.
+        Every layer's gradient is kept from part to part, and the activations of one part only.
+        h: (rows, inputs), normalised; left as it is.
         """
         numbers = range(len(self.layers))
         with allocation_category("gradients"):
             gradients = [
-                (torch.empty_like(layer.weight), torch.empty_like(layer.bias))
+                [torch.empty_like(layer.weight), torch.empty_like(layer.bias)]
                 for layer in self.iter_layers(numbers)
             ]
         losses = 0
         for part in split_batch(len(h), positives, micro_batches):
             y, of_part = h[part.rows].clone(), []
-            for layer, (dw, db) in zip(self.iter_layers(numbers), gradients, strict=True):
-                y, loss = layer.add_gradient(y, part, dw, db)
+            for layer, pair in zip(self.iter_layers(numbers), gradients, strict=True):
+                y, loss = layer.add_gradient(y, part, *pair)
                 of_part.append(loss)
             losses = losses + torch.stack(of_part)
             del y
         layers = self.iter_layers(numbers, update=True)
         for layer, pair in zip(layers, gradients, strict=True):
-            layer.optimizer.update(list(pair), learning_rate)
+            layer.optimizer.update(pair, learning_rate)
         return losses
 
     def start_training(self, data: Dataset, config: TrainConfig) -> list[int | str | None]:
         """Get ready to train on `data`; returns the stages, each of `config.epochs` epochs.
 
-        [None] trains all layers on every batch, layers' numbers one layer after the other. Without
-        labels the layers come first, then the classifier. ValueError where config does not fit.
+        None is all layers at once, a number one layer. ValueError where config does not fit.
         """
         self.optimizers, self.image_shape = [], tuple(data.shape)
         if self.config.label == "none":
-            images = len(data.train_labels)
-            check_number("batch_size", config.batch_size, 2, images, whole=True)
-            if images % config.batch_size == 1:
+            if len(data.train_labels) % config.batch_size == 1:
                 raise ValueError(
-                    f"batch_size is {config.batch_size}, which leaves one image alone, with no "
-                    "other to mix it with: give another."
+                    f"batch_size is {config.batch_size}, which leaves one image alone."
                 )
             return ["layers", "softmax"]
         if self.softmax is None:
-            raise ValueError(
-                "this network was built with classifier=False: train it by fit_greedy_cached."
-            )
+            raise ValueError("built with classifier=False: train this by fit_greedy_cached.")
         if config.schedule == "layerwise" and self.config.first_read > 1:
             raise ValueError(
-                "schedule is 'layerwise', whose softmax reads layer 1: give first_read=1."
+                "schedule is 'layerwise': its softmax reads layer 1, give first_read=1."
             )
         if config.negatives == "rollout":
-            self.optimizers = [Rollouts(data, config.batch_size, config.rollout_length)]
+            rollouts = negatives.Rollouts(data, config.batch_size, config.rollout_length)
+            self.optimizers = [rollouts]
         return [None] if config.schedule == "joint" else list(range(len(self.layers)))
 
     def train_batch(
@@ -282,67 +257,52 @@ class ForwardForward(FFNetwork):
     ) -> dict[str, torch.Tensor]:
         """Train on images (N, pixels) with labels (N,); returns the losses () by name.
 
-        stage: one of `start_training`. Each image gives one positive and one negative row.
+        stage: one of `start_training`. Each image gives one positive and one negative row. Without
+        labels the negative rows are hybrids, and the classifier leaves the layers as they are.
         """
-        if self.config.label == "none":
-            return self._train_unsupervised(images, labels, learning_rate, generator, config, stage)
-        prob = config.classifier_update_prob
-        classify = prob == 1 or float(torch.rand((), generator=generator)) < prob
-        depth = len(self.layers) if stage is None else stage + 1
-        rows, softmax, losses = self.labelled_input(images), self.softmax, {}
+        unlabelled, prob = self.config.label == "none", config.classifier_update_prob
+        classify = unlabelled or prob == 1 or float(torch.rand((), generator=generator)) < prob
+        rows, rate = self.labelled_input(images), learning_rate
         if config.dropout:
             rows.drop_pixels(config.dropout, generator)
+        if stage == "layers":
+            mixed = partial(self._with_hybrids, rows.images, generator, config.mask_blurs)
+            # Rows without a name here are freed once the first layer has used them.
+            return named_losses(self.step(self.encode(mixed(), None), len(images), rate))
+        depth, losses = stage + 1 if isinstance(stage, int) else len(self.layers), {}
         if classify:
             neutral = self.cache_activations(rows.with_labels(None), depth)
-            logits, rate = softmax(neutral), learning_rate * config.classifier_rate
-            losses["softmax_loss"] = softmax.step(neutral, logits, labels, rate)
-            softmax.update_confusion(logits, labels)
+            logits = self.softmax(neutral)
+            softmax_rate = rate if unlabelled else rate * config.classifier_rate
+            losses["softmax_loss"] = self.softmax.step(neutral, logits, labels, softmax_rate)
+            if unlabelled:
+                return losses
+            self.softmax.update_confusion(logits, labels)
             del neutral
         else:  # what the classifier lately predicted for images of the same class
-            logits = softmax.confusion.log()[labels]
+            logits = self.softmax.confusion.log()[labels]
         if config.negatives == "rollout":
             windows, written = self.optimizers[0].write(self.classify, images, generator)
             h = self.encode(torch.cat([images, windows]), torch.cat([labels, written]))
         elif config.negatives == "hard":
-            h = rows.with_labels(labels, hard_negatives(logits, labels, generator))
+            h = rows.with_labels(labels, negatives.hard_negatives(logits, labels, generator))
         else:
-            h = rows.with_labels(labels, random_negatives(labels, self.classes, generator))
+            wrong = negatives.random_negatives(labels, self.classes, generator)
+            h = rows.with_labels(labels, wrong)
         del logits
         if stage is None:
-            return named_losses(self.step(h, len(labels), learning_rate)) | losses
+            return named_losses(self.step(h, len(labels), rate)) | losses
         for below in self.activations(h, stage):
             h = below
         for layer in self.iter_layers([stage], update=True):
-            _, loss = layer.step(h, len(labels), learning_rate, self.grad_buffer)
+            _, loss = layer.step(h, len(labels), rate, self.grad_buffer)
         return named_losses([loss], first=stage + 1) | losses
 
-    def _train_unsupervised(
-        self,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        learning_rate: float,
-        generator: torch.Generator,
-        config: TrainConfig,
-        stage: str,
-    ) -> dict[str, torch.Tensor]:
-        """Teach the layers to tell images from hybrids; or the classifier, on finished layers.
-
-        The layers see no label, and the classifier leaves them as they are. Section 3.2.
-        """
-        if config.dropout:
-            images = drop_pixels(images, config.dropout, generator)
-        if stage == "softmax":
-            rows = self.encode(images, None)
-            activations = self.cache_activations(rows, len(self.layers))
-            logits = self.softmax(activations)
-            return {"softmax_loss": self.softmax.step(activations, logits, labels, learning_rate)}
-
-        def mixed() -> torch.Tensor:
-            hybrids = hybrid_images(images, self.image_shape, generator, config.mask_blurs)
-            return torch.cat([images, hybrids])
-
-        # Their rows have no name here, so that they are freed once the first layer has used them.
-        return named_losses(self.step(self.encode(mixed(), None), len(images), learning_rate))
+    def _with_hybrids(
+        self, images: torch.Tensor, generator: torch.Generator, blurs: int
+    ) -> torch.Tensor:
+        hybrids = negatives.hybrid_images(images, self.image_shape, generator, blurs)
+        return torch.cat([images, hybrids])
 
     def label_goodness(self, images: torch.Tensor) -> torch.Tensor:
         """Goodness of every label in every layer: images (N, pixels) -> (layers, N, classes).
@@ -382,13 +342,3 @@ def classification_error(classify: Callable[[torch.Tensor], torch.Tensor], data:
     batches = test_batches(data, EVALUATION_ROWS)
     wrong = sum((classify(images).argmax(1) != labels).sum() for images, labels in batches)
     return float(wrong) / len(data.test_labels)
-
-
-def refuse_dead_layers(activations: Iterable[torch.Tensor], epoch: int) -> None:
-    """FloatingPointError for a layer whose units are zero for every image."""
-    for number, h in enumerate(activations, start=1):
-        if not h.any():
-            raise FloatingPointError(
-                f"layer {number} is dead in epoch {epoch}: all its units are zero for every image; "
-                "lower learning_rate or threshold."
-            )

@@ -26,10 +26,10 @@ class RecurrentForwardForward(FFNetwork):
     """Hidden layers between an image that stays and a label on top of them.
 
     At every time step all layers at once read what their neighbours were at the step before, each
-    row normalised to mean square 1: with n that normalisation, and h_0 the image, h_L+1 the label,
+    row normalised (n) to mean square 1. With h_0 the image and h_L+1 the label,
         y_l = relu(U_l n(h_l-1) + D_l n(h_l+1) + b_l),   h_l <- damping h_l + (1 - damping) y_l.
     Step 0 is one pass from the image up, without D. The label is one-hot times `label_scale`.
-    A layer's weight (width, below + above) is U and D side by side. config: see `RecurrentConfig`.
+    A layer's weight (width, below + above) is U and D side by side.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class RecurrentForwardForward(FFNetwork):
 
         states: replaced by the next ones, each as soon as no layer has to read it any more.
         label: (rows, classes), a block of N rows for every label that the N images have.
-        learn: (number, below, above, y, state, goodness) -> None, called for every layer; it may
+        learn: called for every layer with its number, below, above, y, state, goodness; it may
             overwrite y.
         """
         result, waiting, damping = [], None, self.config.damping
@@ -96,10 +96,10 @@ class RecurrentForwardForward(FFNetwork):
             below = states[number - 1][0] if number else None
             above = states[number + 1][0] if number + 1 < len(states) else label
             up, down = self.sides(number, layer.weight)
-            if below is None:
-                y = drive.repeat(len(label) // len(drive), 1)
-            else:
+            if number:
                 y = torch.addmm(layer.bias, below, up.t())
+            else:
+                y = drive.repeat(len(label) // len(drive), 1)
             y.addmm_(above, down.t()).relu_()
             h, divisor = states[number]
             h = (h * (damping * divisor)[:, None]).add_(y, alpha=1 - damping)
@@ -123,10 +123,9 @@ class RecurrentForwardForward(FFNetwork):
         wrong: torch.Tensor,
         learning_rate: float,
     ) -> torch.Tensor:
-        """Train every layer through all time steps; returns their losses (layers,), a mean over
-        the steps that they learn at.
+        """Train every layer through all time steps; returns their losses (layers,), means over
+        the steps that they learn at. images, drive, states: from `start`; the states are used up.
 
-        images, drive, states: from `start`; the states are used up. labels, wrong: (N,).
         Of layer l's goodness g = mean_j h_j^2, where h = damping h_old + (1 - damping) relu(z) and
         h_old is a constant,
             dL/dz = (dL/dg) (2 / width) (1 - damping) h    where z > 0, and 0 elsewhere,
@@ -172,7 +171,7 @@ class RecurrentForwardForward(FFNetwork):
         return losses
 
     def start_training(self, data: Dataset, config: TrainConfig) -> list[None]:
-        """As `ForwardForward.start_training`: one stage."""
+        """The stages of a training: one, of all layers."""
         return [None]
 
     def train_batch(
@@ -184,10 +183,7 @@ class RecurrentForwardForward(FFNetwork):
         config: TrainConfig,
         stage: None = None,
     ) -> dict[str, torch.Tensor]:
-        """Train on images (N, pixels) with labels (N,); returns the losses () by name.
-
-        The pass up, the classifier's step, hard negatives, and all time steps.
-        """
+        """Train on images (N, pixels) with labels (N,); returns the losses () by name."""
         if config.dropout:
             images = drop_pixels(images, config.dropout, generator)
         images, drive, states = self.start(images)
