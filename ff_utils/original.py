@@ -62,7 +62,7 @@ class OriginalForwardForward(nn.Module):
         )
         # A run comes to its last layer with gradients and optimizer states of all the others.
         for layer in self.layers[:-1]:
-            self._train(layer, torch.rand(2, layer.linear.in_features, **factory), 1)
+            layer.learn(layer(normalised(torch.rand(2, layer.linear.in_features, **factory))), 1)
 
     def last_stage(self, batch: int, rows: int) -> None:
         """One training step of the last layer, then its output for a data set of `rows`."""
@@ -70,7 +70,7 @@ class OriginalForwardForward(nn.Module):
         with allocation_category("inputs"):
             cached = torch.rand(rows, layer.linear.in_features, **self.factory)
         parts = cached.split(batch)
-        self._train(layer, parts[0], len(parts[0]) // 2)
+        layer.learn(layer(normalised(parts[0])), len(parts[0]) // 2)
         outputs = []
         with torch.no_grad():
             for part in parts:
@@ -82,7 +82,7 @@ class OriginalForwardForward(nn.Module):
     def step(self, h: torch.Tensor, positives: int) -> None:
         """Train every layer on one batch (rows, pixels + classes)."""
         for layer in self.layers:
-            self._train(layer, h, positives)
+            layer.learn(layer(normalised(h)), positives)
             with torch.no_grad():
                 h = layer(normalised(h))
 
@@ -90,17 +90,14 @@ class OriginalForwardForward(nn.Module):
     def evaluate(self, images: torch.Tensor) -> torch.Tensor:
         """Try every label on images (N, pixels); returns the last one's goodness (N,)."""
         for label in range(self.classes):
-            one_hot = images.new_zeros(len(images), self.classes)
-            one_hot[:, label] = 1
-            h = torch.cat([images, one_hot], dim=1)
+            code = images.new_zeros(len(images), self.classes)
+            code[:, label] = 1
+            h = torch.cat([images, code], dim=1)
             total = images.new_zeros(len(images))
             for layer in self.layers:
                 h = layer(normalised(h))
                 total += h.pow(2).mean(dim=1)
         return total
-
-    def _train(self, layer: OriginalLayer, h: torch.Tensor, positives: int) -> None:
-        layer.learn(layer(normalised(h)), positives)
 
 
 class OriginalRecurrent(nn.Module):
@@ -165,8 +162,8 @@ class OriginalRecurrent(nn.Module):
         for number, layer in enumerate(self.layers):
             below, same, above = states[number : number + 3]
             if number == len(self.layers) - 1:
-                above = self.from_label(normalised(above))
-            new.append(self._damped(layer, below, same, above.detach()))
+                above = self.from_label(normalised(above)).detach()  # its graph is freed here
+            new.append(self._damped(layer, below, same, above))
             use(layer, new[-1])
         return new
 
@@ -181,5 +178,5 @@ class OriginalRecurrent(nn.Module):
     def _damped(
         layer: OriginalLayer, below: torch.Tensor, same: torch.Tensor, above: torch.Tensor
     ) -> torch.Tensor:
-        both = torch.cat([below.detach(), above], dim=1)
+        both = torch.cat([below.detach(), above.detach()], dim=1)
         return 0.3 * same.detach() + 0.7 * layer(normalised(both))
