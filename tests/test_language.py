@@ -24,11 +24,6 @@ def test_clean_keeps_words_apart_and_uses_thirty_symbols():
     assert set(language.clean(language.FABLES.read_text())) <= set(language.SYMBOLS)
 
 
-def test_built_in_text_is_long_enough_and_ascii():
-    text = language.FABLES.read_text(encoding="ascii")
-    assert len(text) >= 60_000
-
-
 def test_windows_are_followed_by_their_own_next_character():
     data = language.load_text()
     text = language.clean(language.FABLES.read_text())
@@ -58,16 +53,6 @@ def test_ngram_probabilities_sum_to_one_and_count_right():
     # After "a" always "b": 10 counts of one kind, backing off to p(b) = (10 + 2/30) / 22.
     below = (10 + 2 / 30) / 22
     assert model.probabilities("a")[1] == pytest.approx((10 + below) / 11)
-
-
-def test_ngram_of_a_longer_context_predicts_real_text_better():
-    data = language.load_text()
-    codes = language.text_of(data.train_images, data.train_labels)
-    text = language.text_of(data.test_images, data.test_labels)[:2000]
-    found = [
-        language.perplexity(language.NGram(codes, n).logits(text, 10), text[10:]) for n in (1, 2, 3)
-    ]
-    assert found[0] > found[1] > found[2]
 
 
 def test_generation_follows_its_model_and_seed():

@@ -197,15 +197,6 @@ def test_confusion_moves_towards_the_mean_prediction_for_each_class():
     assert torch.allclose(classifier.confusion[2], 0.9 * third + 0.1 * predicted[2])
 
 
-def test_state_is_saved_with_the_layer():
-    layer, twin = make(), make()
-    layer.step(rows(), 6, 0.01, scratch())
-    twin.load_state_dict(layer.state_dict())
-    for one in (layer, twin):
-        one.step(rows(seed=5), 6, 0.01, scratch())
-    assert torch.equal(layer.weight, twin.weight)
-
-
 def test_parts_hold_every_row_once_and_count_the_positive_ones():
     for micro_batches in (1, 2, 5, 12):
         parts = split_batch(12, 5, micro_batches)

@@ -6,7 +6,7 @@ import torch
 
 from ff_utils.config import LABELS, NORMALISATIONS, FFConfig, TrainConfig
 from ff_utils.data import load_dataset
-from ff_utils.ff import layers, network
+from ff_utils.ff import layers
 from ff_utils.ff.network import PREDICTIONS, ForwardForward
 
 LABELLED = list(itertools.product(LABELS, NORMALISATIONS))
@@ -105,12 +105,6 @@ def test_classify_reads_the_layers_from_first_read_to_the_depth():
     assert torch.allclose(one.classify(images(), depth=2), expected)
 
 
-def test_first_layer_counts_and_one_layer_alone_can_tell_classes_apart():
-    one = make(hidden=(50,))
-    assert one.label_goodness(images()).shape == (1, 7, 4)
-    assert len(one.predict(images()).unique()) > 1
-
-
 def test_prediction_does_not_depend_on_the_chunk():
     one = make()
     for by in PREDICTIONS:
@@ -144,18 +138,6 @@ def test_gradients_added_up_over_parts_are_those_of_the_batch(micro_batches):
         assert torch.allclose(found, expected, atol=1e-12) and torch.equal(h, kept)
     for name, tensor in one.state_dict().items():
         assert torch.allclose(other.state_dict()[name], tensor, atol=1e-10), name
-
-
-def test_state_dict_holds_layers_and_their_optimizer_state():
-    names = set(make().state_dict())
-    assert {"layers.0.weight", "layers.1.bias_second_moment", "softmax.confusion"} <= names
-    assert "grad_buffer" not in names
-    make().eval()
-
-
-def test_seed_means_the_same_weights():
-    assert torch.equal(make(seed=5).layers[1].weight, make(seed=5).layers[1].weight)
-    assert not torch.equal(make(seed=5).layers[1].weight, make(seed=6).layers[1].weight)
 
 
 @pytest.mark.parametrize(
@@ -289,11 +271,3 @@ def test_network_without_classifier_predicts_by_goodness_alone():
     assert one.predict(images()).shape == (7,)
     with pytest.raises(ValueError, match="built with classifier=False: predict by 'goodness'"):
         one.classify(images())
-
-
-def test_classification_error_is_the_share_of_wrong_classes(digits):
-    def always_three(shown):
-        return torch.eye(10)[torch.full((len(shown),), 3)]
-
-    found = network.classification_error(always_three, digits)
-    assert found == pytest.approx((digits.test_labels != 3).float().mean().item())

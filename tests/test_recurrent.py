@@ -112,13 +112,6 @@ def test_classifier_reads_the_pass_up_that_no_label_enters():
     assert torch.allclose(network.classify(images()), logits)
 
 
-def test_training_leaves_the_images_as_they_are():
-    network, given = make(), images()
-    losses = network.train_batch(given, LABELS, 0.1, generator(), TRAIN)
-    assert torch.equal(given, images())
-    assert list(losses) == ["loss_1", "loss_2", "softmax_loss"]
-
-
 def test_everything_is_trained():
     network = make(optimizer="adam")
     before = {name: p.clone() for name, p in network.named_parameters()}
@@ -174,19 +167,6 @@ def test_it_learns_digits_by_either_prediction(digits, loss, most):
         wrong = network.predict(digits.test_images, by) != digits.test_labels
         assert wrong.float().mean() < most
         assert by == "goodness" or wrong.float().mean().item() == pytest.approx(error)
-
-
-def test_seed_means_the_same_weights():
-    one, same, other = (make(seed=s).layers[1].weight for s in (5, 5, 6))
-    assert torch.equal(one, same) and not torch.equal(one, other)
-    assert "grad_buffer" not in make().state_dict()
-
-
-def test_after_epoch_refuses_a_dead_layer(digits):
-    network = RecurrentForwardForward(digits.pixels, digits.classes, [20, 10])
-    network.layers[1].bias.fill_(-100.0)
-    with pytest.raises(FloatingPointError, match="layer 2 is dead in epoch 1: all its units"):
-        network.after_epoch(digits, 1)
 
 
 @pytest.mark.parametrize(

@@ -81,22 +81,10 @@ def test_fit_learns_digits_in_every_schedule(digits, schedule, negatives):
     assert goodness_errors(network, digits)[-1] == pytest.approx(by_goodness) and by_goodness < 0.15
 
 
-def test_fit_with_the_seeds_choices_learns_too(digits):
-    seeds = {"label": "joined", "normalisation": "length", "threshold": 2.0, "sharpness": 1.0}
-    network = make(digits, **seeds, label_scale=1.0)
-    train(
-        network, digits, epochs=30, learning_rate=0.03, schedule="layerwise",
-        negatives="random", decay="none",
-    )  # fmt: skip
-    assert goodness_errors(network, digits)[-1] < 0.25
-
-
-def test_fit_by_backprop_learns_and_frees_its_gradients(digits):
-    network = backprop(digits)
-    history = train(network, digits, epochs=8, learning_rate=0.002)
-    assert history.error.iloc[-1] == error_rate(network, digits) < 0.08
-    assert error_rate(network.network, digits) == error_rate(network, digits)
-    assert all(parameter.grad is None for parameter in network.parameters())
+def test_error_rate_of_a_plain_classifier_is_that_of_its_backprop(few):
+    network = backprop(few)
+    history = train(network, few)
+    assert error_rate(network.network, few) == error_rate(network, few) == history.error.iloc[-1]
 
 
 def test_error_rate_at_a_depth_reads_the_layers_below_alone(few):
@@ -262,19 +250,6 @@ def test_classifier_updated_for_half_of_the_batches_teaches_nearly_as_well(digit
 def test_fit_refuses_settings_that_the_data_does_not_allow(few, changes, message):
     with pytest.raises(ValueError, match=message):
         train(make(few), few, **changes)
-
-
-def test_fit_refuses_data_with_one_class(digits):
-    of_one = digits.train_labels == 3
-    images, labels = digits.train_images[of_one], digits.train_labels[of_one]
-    one = replace(digits, train_images=images, train_labels=labels)
-    with pytest.raises(ValueError, match="one class only"):
-        train(make(one), one)
-
-
-def test_fit_refuses_a_network_without_classifier(few):
-    with pytest.raises(ValueError, match="classifier=False"):
-        train(make(few, classifier=False), few)
 
 
 def test_greedy_cached_training_is_the_same_from_files_and_from_memory(few, tmp_path):
