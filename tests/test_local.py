@@ -7,7 +7,7 @@ from torch.nn.functional import softplus
 from ff_utils.config import NORMALISATIONS, LocalConfig, TrainConfig
 from ff_utils.data import load_dataset
 from ff_utils.ff import layers
-from ff_utils.ff.local import CIFAR_FIELDS, MNIST_FIELDS, LocalForwardForward
+from ff_utils.ff.local import LocalForwardForward
 
 SHAPES = {"plain": (7, 9), "colour": (3, 7, 9)}
 FIELDS = [(3, 2, 5), (2, 1, 4)]
@@ -140,12 +140,13 @@ def test_label_goodness_is_what_trying_every_label_gives(normalisation, local):
 
 
 def test_hintons_networks_have_his_grids():
-    network = LocalForwardForward((28, 28), 10, MNIST_FIELDS, device="meta")
+    fields = ((10, 6, 128), (2, 1, 220), (2, 1, 512))  # for MNIST
+    network = LocalForwardForward((28, 28), 10, fields, device="meta")
     assert network.hidden == [16 * 128, 9 * 220, 4 * 512]
     assert [layer.weight.shape for layer in network.layers] == [
         (16, 128, 110), (9, 220, 4 * 128), (4, 512, 4 * 220),
     ]  # fmt: skip
-    fields = CIFAR_FIELDS[:2]
+    fields = ((11, 1, 3),) * 2  # for CIFAR-10
     network = LocalForwardForward((3, 32, 32), 10, fields, LocalConfig(padded=True), device="meta")
     assert network.hidden == [3072, 3072]
     assert network.layers[0].weight.shape == (1024, 3, 363 + 10)

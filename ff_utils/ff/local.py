@@ -16,11 +16,6 @@ from ff_utils.ff.negatives import DenseInput
 from ff_utils.ff.network import ForwardForward
 from ff_utils.utils import check_choice, check_number
 
-# Each layer's field, stride and units at a position. Hinton's for MNIST: grids of 4x4, 3x3, 2x2.
-MNIST_FIELDS = ((10, 6, 128), (2, 1, 220), (2, 1, 512))
-# His for CIFAR-10, where fields reach beyond the edges: grids of 32x32.
-CIFAR_FIELDS = ((11, 1, 3),) * 3
-
 
 class LocalFFLayer(FFLayer):
     """As `FFLayer`, but each unit sees some of the inputs: locally connected.
