@@ -111,10 +111,10 @@ endef
 $(foreach name,$(NAMES),$(eval $(call numbered,$(name))))
 
 # Notebooks that read tables, or the records of others.
+records_of = $(foreach name,$(1),$(OUT)/$(name).ipynb $(RECORDS)/$(name).json)
 $(OUT)/08_sweeps.ipynb: ff_utils/run/sweep.py $(wildcard data/results/sweeps/*.parquet)
-$(OUT)/04_backprop_baseline.ipynb: $(RECORDS)/02_ff_training.json
-$(OUT)/06_figures.ipynb: data/claims.yaml $(addprefix $(RECORDS)/,02_ff_training.json \
-  03_ff_language_model.json 04_backprop_baseline.json 05_memory_profiling.json 07_every_form.json \
-  10_past_one_machine.json)
+$(OUT)/04_backprop_baseline.ipynb: $(call records_of,02_ff_training)
+$(OUT)/06_figures.ipynb: data/claims.yaml $(call records_of,02_ff_training 03_ff_language_model \
+  04_backprop_baseline 05_memory_profiling 07_every_form 10_past_one_machine)
 $(OUT)/07_every_form.ipynb $(OUT)/11_full_length.ipynb: notebooks/forms.yaml \
   $(wildcard data/results/full_length/*.json)
