@@ -79,10 +79,6 @@ def _outermost_blocks(module: nn.Module, name: str) -> Iterator[Block]:
         yield from _outermost_blocks(child, f"{name}{child_name}.")
 
 
-def _holds_matrix(module: nn.Module) -> bool:
-    return any(parameter.dim() > 1 for parameter in module.parameters())
-
-
 def task_loss(
     network: nn.Module, inputs: object, labels: torch.Tensor | None, loss: Callable | None = None
 ) -> torch.Tensor:
