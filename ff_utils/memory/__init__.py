@@ -5,6 +5,7 @@ from ff_utils.memory.gpu import about, compared, gpu_grid, gpu_metrics
 from ff_utils.memory.measure import (
     DoesNotFitError,
     Report,
+    beside_simulated,
     crossing,
     measure,
     measure_grid,
@@ -13,6 +14,7 @@ from ff_utils.memory.measure import (
     time_steps,
     timeline,
 )
+from ff_utils.memory.profile import profile
 from ff_utils.memory.steps import build
 from ff_utils.memory.tracker import CATEGORIES, MemoryTracker, track_step
 
@@ -25,6 +27,7 @@ __all__ = [
     "Report",
     "Sizes",
     "about",
+    "beside_simulated",
     "build",
     "compared",
     "crossing",
@@ -33,6 +36,7 @@ __all__ = [
     "measure",
     "measure_grid",
     "memory_metrics",
+    "profile",
     "saving_map",
     "time_steps",
     "timeline",

@@ -299,6 +299,20 @@ def simulate_all(points: list[tuple[str, Sizes]]) -> None:
         _simulated[point] = report
 
 
+def beside_simulated(real: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a grid that were measured for real, with what each should be by its simulated
+    row: `expected_bytes`. In a CPU's process offloaded activations stay in memory, layers do not.
+    """
+    where = ["arm", "depth"]
+    simulated = real[real.instrument == "simulated"].set_index(where)[["peak_bytes", "host_bytes"]]
+    measured = real[real.instrument.ne("simulated") & real.error.eq("")]
+    measured = measured.join(simulated.add_prefix("simulated_"), on=where)
+    offload = [name for name, arm in ARMS.items() if "offload" in arm.remedies]
+    stays = measured.instrument.eq("rss") & measured.arm.isin(offload)
+    host = measured.pop("simulated_host_bytes").where(stays, 0)
+    return measured.assign(expected_bytes=measured.pop("simulated_peak_bytes") + host)
+
+
 def saving_map(
     lean: Sequence[str],
     others: Sequence[str],
@@ -363,7 +377,11 @@ def memory_metrics(hidden: int = 2000, batch: int = 5000, depth: int = 47) -> di
     def a_layer(arm: str, size: Callable[[Report], int]) -> int:
         return size(at(arm, depth)) - size(at(arm, depth - 1))
 
+    def peak(report: Report) -> int:
+        return report.peak_bytes
+
     shallow = at("ff_seed", 2)
+    streamed_1000 = peak(at("ff_streamed", depth)) + (1000 - depth) * a_layer("ff_streamed", peak)
     # A ratio of two peaks that grow evenly with depth is largest and smallest at the ends.
     ends = (2, depth)
     return {
@@ -372,12 +390,11 @@ def memory_metrics(hidden: int = 2000, batch: int = 5000, depth: int = 47) -> di
         "saved_at_47_layers": 1 - ratio("ff_resident", "backprop"),
         "saved_against_remedies": 1 - ratio("ff_resident", "backprop_frugal"),
         "seed_most_saved": max(1 - ratio("ff_seed", "backprop_seed", d) for d in ends),
-        "seed_bytes_a_layer": a_layer("ff_seed", lambda report: report.peak_bytes),
+        "seed_bytes_a_layer": a_layer("ff_seed", peak),
         "seed_growth": at("ff_seed", depth).peak_bytes - shallow.peak_bytes,
         "seed_shallow": shallow.peak_bytes,
         "seed_shallow_evaluation": shallow.evaluation_peak_bytes,
-        "streamed_1000_over_2_layers": at("ff_streamed", 1000).peak_bytes
-        / at("ff_streamed", 2).peak_bytes,
+        "streamed_1000_over_2_layers": streamed_1000 / peak(at("ff_streamed", 2)),
         "streamed_backprop_over_streamed_ff": ratio("backprop_streamed_frugal", "ff_frugal"),
         "activations_a_layer": a_layer("ff_resident", lambda r: r.breakdown["activations"]),
         "recurrent_over_backprop": min(ratio("ff_recurrent", "backprop_seed", d) for d in ends),
@@ -452,6 +469,12 @@ def finish(work: Callable[[], object], device: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print one arm's report as a table, or as one JSON object."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if any(argument.startswith("--network") for argument in arguments):
+        from ff_utils.memory import compare
+
+        compare.main(arguments)
+        return
     parser = argparse.ArgumentParser(prog="python -m ff_utils.memory", description=main.__doc__)
     parser.add_argument("--arm", default="backprop", help=", ".join(ARMS))
     parser.add_argument("--depth", type=int, default=7, help="hidden layers")
