@@ -24,6 +24,7 @@ _HOMES = {
     "goodness_errors": "training",
     "ARMS": "memory.arms",
     "measure": "memory.measure",
+    "profile": "memory.profile",
 }
 __all__ = list(_HOMES)
 

@@ -8,7 +8,7 @@ COMMANDS = {
     "html": ("run.notebooks", "render an executed notebook as a page"),
     "publish": ("run.notebooks", "put the default run's outputs into the notebooks and README"),
     "sweep": ("run.sweep", "run a notebook at every point of a grid"),
-    "memory": ("memory.measure", "measure the memory of training steps"),
+    "memory": ("memory.__main__", "measure the memory of training steps"),
     "distributed": ("distributed", "train layers on several ranks"),
     "data": ("data", "fetch and check the data"),
     "verify": ("report.claims", "judge every claim against the records"),

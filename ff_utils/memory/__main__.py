@@ -1,6 +1,16 @@
-"""`python -m ff_utils.memory --arm ff_streamed --depth 47 --json`: one arm's report."""
+"""`python -m ff_utils.memory`: the report of an arm (`--arm`), or of any network (`--network`)."""
 
-from ff_utils.memory.measure import main
+import sys
+
+
+def main() -> None:
+    """Report an arm, or any network where `--network` is given."""
+    if any(argument.startswith("--network") for argument in sys.argv[1:]):
+        from ff_utils.memory.compare import main as report
+    else:
+        from ff_utils.memory.measure import main as report
+    report()
+
 
 if __name__ == "__main__":
     main()
