@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -37,17 +38,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ff_utils import data as datasets
+from ff_utils import process
 from ff_utils.config import FFConfig, LayerConfig, TrainConfig
+from ff_utils.data import DataNotFoundError, Dataset, load_dataset, test_batches
 from ff_utils.ff.layers import FFLayer
 from ff_utils.ff.negatives import random_negatives
 from ff_utils.ff.network import EVALUATION_ROWS, ForwardForward, named_losses
-from ff_utils.process import (
-    RETURN_FREED_MEMORY,
-    peak_resident_bytes,
-    reset_peak,
-    resident_bytes,
-)
 from ff_utils.training import batches, check_finite, check_fit, decay_factor
 from ff_utils.utils import (
     ROOT,
@@ -90,72 +86,16 @@ class Settings:
 
     def configs(self) -> tuple[FFConfig, TrainConfig]:
         """Of the network, which has no classifier, and of its training."""
-        network = {"label_scale": self.label_scale, "threshold": self.threshold}
-        network |= {"sharpness": self.sharpness, "seed": self.seed}
-        train = TrainConfig(self.epochs, self.batch_size, self.learning_rate)
-        return FFConfig(classifier=False, **network), train
+        names = ("label_scale", "threshold", "sharpness", "seed")
+        network = FFConfig(classifier=False, **{name: getattr(self, name) for name in names})
+        return network, TrainConfig(self.epochs, self.batch_size, self.learning_rate)
+
+
+# --- Messages between neighbours ------------------------------------------------------------
 
 
 class RankLostError(RuntimeError):
     """A neighbour has ended or does not answer."""
-
-
-# --- Which rank has which layers ------------------------------------------------------------
-
-
-def partition(widths: list[int], ranks: int) -> list[range]:
-    """Each rank's layers, in order, so that the largest part of the work is as small as can be.
-
-    widths: of the input and of every layer. A layer's work is its inputs times its outputs.
-    """
-    costs = [below * above for below, above in pairwise(widths)]
-
-    @cache
-    def best(first: int, ranks: int) -> tuple[int, tuple[int, ...]]:
-        if ranks == 1:
-            return sum(costs[first:]), (len(costs),)
-        options = []
-        for end in range(first + 1, len(costs) - ranks + 2):
-            largest, ends = best(end, ranks - 1)
-            options.append((max(sum(costs[first:end]), largest), (end, *ends)))
-        return min(options)
-
-    return [range(*bounds) for bounds in pairwise((0, *best(0, ranks)[1]))]
-
-
-class LayerShard(ForwardForward):
-    """The layers `mine` of a `ForwardForward` network, under their numbers in the whole.
-
-    The others are drawn, so that a seed means the same weights, and dropped one by one.
-    """
-
-    def __init__(
-        self,
-        pixels: int,
-        classes: int,
-        hidden: list[int],
-        mine: range,
-        config: FFConfig,
-        device: torch.device,
-    ) -> None:
-        self.mine = mine
-        super().__init__(pixels, classes, hidden, config, device=device)
-        largest = max(self.layers[number].weight.numel() for number in mine)
-        self.grad_buffer = self.grad_buffer.new_zeros(largest)
-
-    def build_layer(self, number: int, make: Callable[..., FFLayer]) -> nn.Module:
-        """Make a layer that is mine; draw one that is not, without its optimizer's state."""
-        if number in self.mine:
-            return super().build_layer(number, make)
-        make(config=LayerConfig(optimizer="sgd"))
-        return nn.Identity()
-
-    def own_layers(self) -> list[FFLayer]:
-        """The layers that are here."""
-        return [self.layers[number] for number in self.mine]
-
-
-# --- Messages between neighbours ------------------------------------------------------------
 
 
 class Ranks:
@@ -180,8 +120,7 @@ class Ranks:
             self.store = next(dist.rendezvous("env://", timeout=limit))[0]
         place = {"rank": self.rank, "world_size": self.size}
         dist.init_process_group(backend, store=self.store, timeout=limit, **place)
-        self.last = self.rank == self.size - 1
-        self.sending = None  # a message under way, and its handle
+        self.sending = None  # activations under way, and their handle
 
     @contextmanager
     def _talk(self, other: int) -> Iterator[None]:
@@ -192,31 +131,30 @@ class Ranks:
             what = silent if "imed out" in str(error) else "has ended"
             raise RankLostError(f"rank {other} {what} before its work was done") from error
 
-    def receive(self, sizes: list[int], room: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Activations (size, width) from the rank below, for each of `sizes`.
+    def receive(self, total: int, rows: int, width: int) -> Iterator[torch.Tensor]:
+        """`total` rows of activations (rows, width) from the rank below, `rows` at a time.
 
-        The next one arrives while one is in use, and takes the memory of the one before:
-        room (IN_FLIGHT, largest size, width).
+        The next ones arrive while some are in use, and take the memory of those before.
         """
-        coming = deque()
-        for number in range(len(sizes) + IN_FLIGHT):
+        room = torch.empty(IN_FLIGHT, rows, width, device=self.device)
+        coming, count = deque(), -(-total // rows)
+        for number in range(count + IN_FLIGHT):
             if number >= IN_FLIGHT:
                 h, work = coming.popleft()
                 with self._talk(self.rank - 1):
                     work.wait()
                 yield h
-            if number < len(sizes):
-                h = room[number % IN_FLIGHT, : sizes[number]]
+            if number < count:
+                h = room[number % IN_FLIGHT, : total - number * rows]
                 with self._talk(self.rank - 1):
                     coming.append((h, dist.irecv(h, self.rank - 1)))
 
     def send(self, h: torch.Tensor) -> None:
         """Send activations to the rank above, if there is one, once the last ones are there."""
-        if self.last:
-            return
         self.flush()
-        with self._talk(self.rank + 1):
-            self.sending = (h, dist.isend(h, self.rank + 1))
+        if self.rank < self.size - 1:
+            with self._talk(self.rank + 1):
+                self.sending = (h, dist.isend(h, self.rank + 1))
 
     def flush(self) -> None:
         """Wait until what was sent has left."""
@@ -225,23 +163,19 @@ class Ranks:
                 self.sending[1].wait()
             self.sending = None
 
-    def broadcast(self, value: object = None) -> object:
-        """The first rank's `value`, on every rank: all have it at about the same time."""
-        if self.rank > 0:
-            value = self._receive_object(self.rank - 1)
-        if not self.last:
-            self._send_object(value, self.rank + 1)
-        return value
+    def gather(self, value: object = None) -> list:
+        """Every rank's `value`, on every rank; all have them at about the same time.
 
-    def gather(self, value: object) -> list | None:
-        """Every rank's `value`, on the first; they go from rank to rank, and last to the first."""
+        Only neighbours talk, up the ranks and down again, so that it is known who is lost.
+        """
         values = [*(self._receive_object(self.rank - 1) if self.rank > 0 else []), value]
-        if self.size == 1:
-            return values
-        self._send_object(values, (self.rank + 1) % self.size)
-        return self._receive_object(self.size - 1) if self.rank == 0 else None
+        if self.rank < self.size - 1:
+            self._send_object(values, self.rank + 1)
+            values = self._receive_object(self.rank + 1)
+        if self.rank > 0:
+            self._send_object(values, self.rank - 1)
+        return values
 
-    # Neighbours talk in place of dist.broadcast_object_list, so that the lost rank is known.
     def _send_object(self, value: object, other: int) -> None:
         with self._talk(other):
             dist.send_object_list([value], other, device=torch.device("cpu"))
@@ -263,53 +197,233 @@ class Ranks:
         os._exit(status)  # no clean-up, which could wait for a rank that is lost
 
 
-# --- Checkpoints ----------------------------------------------------------------------------
+# --- A rank's layers ------------------------------------------------------------------------
 
 
-class Checkpoint:
-    """A folder with a file for each layer and, once all of them are there, one for the run.
+def partition(widths: list[int], ranks: int) -> list[range]:
+    """Each rank's layers, in order, so that the largest part of the work is as small as can be.
 
-    A kill at any moment leaves a whole set: the last one goes only when the next is complete. As
-    each layer has its own file, any number of ranks can go on from it.
+    widths: of the input and of every layer. A layer's work is its inputs times its outputs.
+    """
+    costs = [below * above for below, above in pairwise(widths)]
+
+    @cache
+    def best(first: int, ranks: int) -> tuple[int, tuple[int, ...]]:
+        if ranks == 1:
+            return sum(costs[first:]), (len(costs),)
+        options = []
+        for end in range(first + 1, len(costs) - ranks + 2):
+            largest, ends = best(end, ranks - 1)
+            options.append((max(sum(costs[first:end]), largest), (end, *ends)))
+        return min(options)
+
+    return [range(*bounds) for bounds in pairwise((0, *best(0, ranks)[1]))]
+
+
+class LayerShard(ForwardForward):
+    """One rank's layers of a `ForwardForward` network, under their numbers in the whole.
+
+    The others are drawn, so that a seed means the same weights, and dropped one by one.
+    data: the first rank's, which makes inputs of it; on the others on the device "meta".
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, settings: Settings, ranks: Ranks, data: Dataset) -> None:
+        self.mine = partition([data.pixels, *settings.hidden], ranks.size)[ranks.rank]
+        sizes = (data.pixels, data.classes, list(settings.hidden))
+        config, self.train_config = settings.configs()
+        super().__init__(*sizes, config, device=ranks.device)
+        self.ranks, self.data = ranks, data
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        largest = max(layer.weight.numel() for layer in self.own_layers())
+        self.grad_buffer = self.grad_buffer.new_zeros(largest)
 
-    def latest(self, settings: dict) -> dict | None:
-        """The last complete run file; ValueError where it is of other settings."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        found = {int(path.stem.split("-")[1]): path for path in self.folder.glob("epoch-*.run")}
-        if not found:
+    def build_layer(self, number: int, make: Callable[..., FFLayer]) -> nn.Module:
+        """Make a layer that is mine; draw one that is not, without its optimizer's state."""
+        if number in self.mine:
+            return super().build_layer(number, make)
+        make(config=LayerConfig(optimizer="sgd"))
+        return nn.Identity()
+
+    def own_layers(self) -> list[FFLayer]:
+        """The layers that are here."""
+        return [self.layers[number] for number in self.mine]
+
+    def train_epoch(self, epoch: int) -> tuple[dict, dict]:
+        """Train on every batch; returns the epoch's row and this rank's `busy` and `timeline`."""
+        config, samples = self.train_config, len(self.data.train_labels)
+        count = -(-samples // config.batch_size)
+        self.ranks.gather()
+        start = time.perf_counter()
+        total, times = 0, []
+        inputs = self._inputs(self._samples(), 2 * samples, 2 * config.batch_size)
+        for number, h in enumerate(inputs):
+            begun = time.perf_counter()
+            done = (epoch - 1 + number / count) / config.epochs
+            rate = config.learning_rate * decay_factor(done, config.decay)
+            positives, losses = len(h) // 2, []
+            for layer in self.own_layers():
+                h, loss = layer.step(h, positives, rate, self.grad_buffer)
+                losses.append(loss)
+            total = total + torch.stack(losses)
+            if h.is_cuda and number < TIMED:
+                torch.cuda.synchronize()
+            times.append((begun - start, time.perf_counter() - start))
+            self.ranks.send(h)
+        self.ranks.flush()
+        mean = named_losses((total / count).tolist(), first=self.mine.start + 1)
+        check_finite(mean, epoch)
+        gathered = self.ranks.gather(mean)
+        row = {"epoch": epoch, "seconds": time.perf_counter() - start}
+        busy = sum(end - begun for begun, end in times) / row["seconds"]
+        for losses in gathered:
+            row |= losses
+        return row, {"busy": busy, "timeline": times[:TIMED]}
+
+    def test_error(self) -> float | None:
+        """Share of test images whose label with the most goodness, over all layers, is wrong.
+
+        Images go up with every label at once; each rank adds its layers' goodness, and the first
+        one, which alone knows the labels, the ranks' sums.
+        """
+        samples, classes = len(self.data.test_labels), self.classes
+        each = max(1, min(EVALUATION_ROWS, 2 * self.train_config.batch_size) // classes)
+        sums = []
+        for h in self._inputs(self._tests(each), samples * classes, each * classes):
+            total = 0
+            for layer in self.own_layers():
+                h = layer(h)
+                total = total + layer.goodness_of(layer.normalise_(h))
+            self.ranks.send(h)
+            sums.append(total.view(-1, classes).cpu())
+        self.ranks.flush()
+        gathered = self.ranks.gather(torch.cat(sums))
+        if self.ranks.rank > 0:
             return None
-        run = _load(found[max(found)])
-        then = {OLD_NAMES.get(name, name): value for name, value in run["settings"].items()}
-        for name, value in settings.items():
+        return float((sum(gathered).argmax(1) != self.data.test_labels.cpu()).sum()) / samples
+
+    def _inputs(self, own: Iterator[torch.Tensor], total: int, rows: int) -> Iterator[torch.Tensor]:
+        """What the first layer here reads: `own`, or what the rank below sends."""
+        if self.ranks.rank == 0:
+            return own
+        return self.ranks.receive(total, rows, self.own_layers()[0].in_features)
+
+    def _samples(self) -> Iterator[torch.Tensor]:
+        """What the first layer is trained on, half positive, half negative."""
+        size = self.train_config.batch_size
+        for images, labels in batches(self.data, size, self.generator):
+            wrong = random_negatives(labels, self.classes, self.generator)
+            yield self.encode(images.repeat(2, 1), torch.cat([labels, wrong]))
+
+    def _tests(self, each: int) -> Iterator[torch.Tensor]:
+        """`each` test images at a time, every one under every label."""
+        every = torch.arange(self.classes, device=self.ranks.device)
+        for images, _ in test_batches(self.data, each):
+            labels = every.repeat(len(images))
+            yield self.encode(images.repeat_interleave(self.classes, 0), labels)
+
+
+def digest(layer: FFLayer) -> str:
+    """Short SHA-256 of a layer's weights and optimizer state."""
+    found = hashlib.sha256()
+    for tensor in layer.state_dict().values():
+        found.update(tensor.cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+# --- Training, and its checkpoints ----------------------------------------------------------
+
+
+def train(settings: Settings, ranks: Ranks, checkpoint: Path | None = None) -> dict | None:
+    """Train this rank's layers; on the first rank, returns the record of all.
+
+    checkpoint: a folder that every epoch is kept in, and that a run goes on from: a file for each
+        layer, so that any number of ranks can go on, and once all are there one for the run. A
+        kill at any moment leaves a whole set: the last one goes only when the next is complete.
+    The record: settings, device, threads, test_error (by goodness), `epochs` (a row each: epoch,
+    seconds, loss_1 ...), `layers` (a SHA-256 of each layer's weights and optimizer state) and
+    `ranks` (a row each: layers, tensor_bytes, peak_bytes of the process beyond what it had before
+    there were layers, busy (share of the last epoch's time), timeline (start and end of the work
+    on its first batches, in seconds from the epoch's start)).
+    Raises ValueError for bad input before anything runs, RankLostError for a lost neighbour, and
+    FloatingPointError where a loss stops being finite.
+    """
+    first, cuda, begin = ranks.rank == 0, ranks.device.type == "cuda", None
+    if first:
+        data, run = _prepare(settings, ranks, checkpoint)
+        begin = (data.to("meta"), run)
+    torch.ones(64, 64) @ torch.ones(64, 64)  # loads what any program loads
+    torch.cuda.reset_peak_memory_stats() if cuda else process.reset_peak()
+    before = 0 if cuda else process.resident_bytes()
+    sizes, run = ranks.gather(begin)[0]
+    shard = LayerShard(settings, ranks, data if first else sizes)
+    if run["epoch"]:
+        for number in shard.mine:
+            state = _load(checkpoint / f"epoch-{run['epoch']}.layer-{number}", ranks.device)
+            shard.layers[number].load_state_dict(state)
+        shard.generator.set_state(run["generator"])
+    work = {"busy": None, "timeline": []}
+    epochs = range(run["epoch"] + 1, settings.epochs + 1)
+    ranks.gather()  # all are ready
+    for epoch in track(epochs, "epoch", run["epoch"], settings.epochs) if first else epochs:
+        row, work = shard.train_epoch(epoch)
+        run |= {"epoch": epoch, "epochs": [*run["epochs"], row]}
+        run |= {"generator": shard.generator.get_state()}
+        if checkpoint:
+            for number in shard.mine:
+                state = shard.layers[number].state_dict()
+                _save(state, checkpoint / f"epoch-{epoch}.layer-{number}")
+            ranks.gather()  # all are written
+            if first:
+                _save(run, checkpoint / f"epoch-{epoch}.run")
+                for path in [*checkpoint.glob("epoch-*"), *checkpoint.glob(".epoch-*")]:
+                    if not path.name.startswith(f"epoch-{epoch}."):
+                        path.unlink()
+    error = shard.test_error()
+    row = {
+        "layers": [number + 1 for number in shard.mine],
+        "tensor_bytes": sum(t.nbytes for t in [*shard.parameters(), *shard.buffers()]),
+        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else process.peak_resident_bytes(),
+        **work,
+    }
+    row["peak_bytes"] -= before
+    gathered = ranks.gather((row, [digest(layer) for layer in shard.own_layers()]))
+    if not first:
+        return None
+    return {
+        "settings": run["settings"],
+        "device": ranks.device.type,
+        "threads": torch.get_num_threads(),
+        "test_error": error,
+        "epochs": run["epochs"],
+        "layers": [text for _, digests in gathered for text in digests],
+        "ranks": [row for row, _ in gathered],
+    }
+
+
+def _prepare(settings: Settings, ranks: Ranks, checkpoint: Path | None) -> tuple[Dataset, dict]:
+    """On the first rank: load the data, refuse what does not fit it, and see what is done."""
+    if ranks.size > len(settings.hidden):
+        raise ValueError(
+            f"hidden has {len(settings.hidden)} layers for {ranks.size} ranks; give at least one "
+            "layer for each."
+        )
+    data = load_dataset(settings.dataset, settings.train_size or None)
+    check_fit(data, settings.configs()[1])
+    given = asdict(settings) | {"hidden": list(settings.hidden)}
+    given |= {"dataset": data.name, "checksum": data.checksum}
+    run = {"epoch": 0, "epochs": []}
+    if checkpoint:
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        found = {int(path.stem.split("-")[1]): path for path in checkpoint.glob("epoch-*.run")}
+        run = _load(found[max(found)]) if found else run
+        then = {OLD_NAMES.get(name, name): v for name, v in run.get("settings", given).items()}
+        for name, value in given.items():
             if then.get(name) != value:
                 raise ValueError(
-                    f"{name} is {value!r}, but {relative(self.folder)} holds a training where it "
+                    f"{name} is {value!r}, but {relative(checkpoint)} holds a training where it "
                     f"is {then.get(name)!r}: give that, or another folder."
                 )
-        return run | {"settings": then}
-
-    def save_layers(self, shard: LayerShard, epoch: int) -> None:
-        """Write the layers that are here."""
-        for number in shard.mine:
-            state = shard.layers[number].state_dict()
-            _save(state, self.folder / f"epoch-{epoch}.layer-{number}")
-
-    def load_layers(self, shard: LayerShard, epoch: int) -> None:
-        """Read the layers that are here."""
-        for number in shard.mine:
-            state = _load(self.folder / f"epoch-{epoch}.layer-{number}", shard.grad_buffer.device)
-            shard.layers[number].load_state_dict(state)
-
-    def complete(self, run: dict) -> None:
-        """All layers are written: write the run's file and remove what it replaces."""
-        _save(run, self.folder / f"epoch-{run['epoch']}.run")
-        for path in [*self.folder.glob("epoch-*"), *self.folder.glob(".epoch-*")]:
-            if not path.name.startswith(f"epoch-{run['epoch']}."):
-                path.unlink()
+    return data.to(ranks.device), run | {"settings": given}
 
 
 def _save(state: dict, path: Path) -> None:
@@ -323,216 +437,6 @@ def _load(path: Path, device: torch.device | str = "cpu") -> dict:
         raise ValueError(
             f"{relative(path)} is missing or not whole: empty its folder to start again."
         ) from error
-
-
-# --- Training -------------------------------------------------------------------------------
-
-
-def train(settings: Settings, ranks: Ranks, checkpoint: Path | None = None) -> dict | None:
-    """Train this rank's layers; on the first rank, returns the record of all.
-
-    checkpoint: a folder that every epoch is kept in, and that a run goes on from.
-    The record: settings, device, threads, test_error (by goodness), `epochs` (a row each: epoch,
-    seconds, loss_1 ...), `layers` (a SHA-256 of each layer's weights and optimizer state) and
-    `ranks` (a row each: layers, tensor_bytes, peak_bytes of the process beyond what it had before
-    there were layers, busy (share of the last epoch's time), timeline (start and end of the work
-    on its first batches, in seconds from the epoch's start)).
-    Raises ValueError for bad input before anything runs, RankLostError for a lost neighbour, and
-    FloatingPointError where a loss stops being finite.
-    """
-    store, run, data, sizes = Checkpoint(checkpoint) if checkpoint else None, None, None, None
-    if ranks.rank == 0:
-        data, run = _prepare(settings, ranks, store)
-        counts = {"train": len(data.train_labels), "test": len(data.test_labels)}
-        sizes = {"pixels": data.pixels, "classes": data.classes, "epoch": run["epoch"]} | counts
-    before = _baseline(ranks)
-    sizes = ranks.broadcast(sizes)
-    mine = partition([sizes["pixels"], *settings.hidden], ranks.size)[ranks.rank]
-    widths = (sizes["pixels"], sizes["classes"], list(settings.hidden))
-    shard = LayerShard(*widths, mine, settings.configs()[0], ranks.device)
-    generator = torch.Generator().manual_seed(settings.seed)
-    if sizes["epoch"]:
-        store.load_layers(shard, sizes["epoch"])
-        if data:
-            generator.set_state(run["generator"])
-    stage = Stage(settings, ranks, sizes, shard, data, generator)
-    work = {"busy": None, "timeline": []}
-    numbers = range(sizes["epoch"] + 1, settings.epochs + 1)
-    if data:
-        numbers = track(numbers, "epoch", sizes["epoch"], settings.epochs)
-    ranks.gather(None)  # all are ready
-    for epoch in numbers:
-        row, work = stage.train_epoch(epoch)
-        if store:
-            store.save_layers(shard, epoch)
-            ranks.gather(None)  # all are written
-        if data:
-            run |= {"epoch": epoch, "epochs": [*run["epochs"], row]}
-            run |= {"generator": generator.get_state()}
-            if store:
-                store.complete(run)
-    error = stage.test_error()
-    row = {
-        "layers": [number + 1 for number in shard.mine],
-        "tensor_bytes": sum(t.nbytes for t in [*shard.parameters(), *shard.buffers()]),
-        "peak_bytes": _peak(ranks) - before,
-        **work,
-    }
-    gathered = ranks.gather((row, [digest(layer) for layer in shard.own_layers()]))
-    if not data:
-        return None
-    return {
-        "settings": run["settings"],
-        "device": ranks.device.type,
-        "threads": torch.get_num_threads(),
-        "test_error": error,
-        "epochs": run["epochs"],
-        "layers": [text for _, digests in gathered for text in digests],
-        "ranks": [row for row, _ in gathered],
-    }
-
-
-class Stage:
-    """One rank's layers at work. The first rank has the data and makes inputs of it.
-
-    sizes: pixels, classes, train and test (samples), and the epoch that is done.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        ranks: Ranks,
-        sizes: dict[str, int],
-        shard: LayerShard,
-        data: datasets.Dataset | None,
-        generator: torch.Generator,
-    ) -> None:
-        self.settings, self.ranks, self.sizes = settings, ranks, sizes
-        self.shard, self.data, self.generator = shard, data, generator
-        self.rows = 2 * settings.batch_size
-        self.room = None
-        if not data:
-            room = (IN_FLIGHT, max(self.rows, sizes["classes"]), shard.own_layers()[0].in_features)
-            self.room = shard.grad_buffer.new_empty(room)
-
-    def train_epoch(self, epoch: int) -> tuple[dict | None, dict]:
-        """Train on every batch; returns the epoch's row, on the first rank, and this one's work."""
-        sizes = _batch_rows(self.sizes["train"], self.settings.batch_size, 2)
-        self.ranks.broadcast()
-        start = time.perf_counter()
-        total, times = 0, []
-        rows = self._samples() if self.data else self.ranks.receive(sizes, self.room)
-        for number, h in enumerate(rows):
-            begun = time.perf_counter()
-            done = (epoch - 1 + number / len(sizes)) / self.settings.epochs
-            rate = self.settings.learning_rate * decay_factor(done, "linear")
-            positives, losses = len(h) // 2, []
-            for layer in self.shard.own_layers():
-                h, loss = layer.step(h, positives, rate, self.shard.grad_buffer)
-                losses.append(loss)
-            total = total + torch.stack(losses)
-            if h.is_cuda and number < TIMED:
-                torch.cuda.synchronize()
-            times.append((begun - start, time.perf_counter() - start))
-            self.ranks.send(h)
-        self.ranks.flush()
-        mean = named_losses((total / len(sizes)).tolist(), first=self.shard.mine.start + 1)
-        check_finite(mean, epoch)
-        gathered = self.ranks.gather(mean)
-        seconds, row = time.perf_counter() - start, None
-        if gathered:
-            row = {"epoch": epoch, "seconds": seconds}
-            for losses in gathered:
-                row |= losses
-        busy = sum(end - begun for begun, end in times) / seconds
-        return row, {"busy": busy, "timeline": times[:TIMED]}
-
-    def test_error(self) -> float | None:
-        """Share of test images whose label with the most goodness, over all layers, is wrong.
-
-        Images go up with every label at once; each rank adds its layers' goodness, and the first
-        one the ranks' sums.
-        """
-        classes, samples = self.sizes["classes"], self.sizes["test"]
-        each = max(1, min(EVALUATION_ROWS, self.rows) // classes)
-        sizes = _batch_rows(samples, each, classes)
-        rows = self._tests(each) if self.data else self.ranks.receive(sizes, self.room)
-        sums, done = torch.empty(samples, classes), 0
-        for h in rows:
-            total, images = 0, len(h) // classes
-            for layer in self.shard.own_layers():
-                h = layer(h)
-                total = total + layer.goodness_of(layer.normalise_(h))
-            self.ranks.send(h)
-            sums[done : done + images] = total.view(images, classes)
-            done += images
-        self.ranks.flush()
-        gathered = self.ranks.gather(sums)
-        if not gathered:
-            return None
-        wrong = sum(gathered).argmax(1) != self.data.test_labels.cpu()
-        return float(wrong.sum()) / samples
-
-    def _samples(self) -> Iterator[torch.Tensor]:
-        """What the first layer is trained on, half positive, half negative."""
-        for images, labels in batches(self.data, self.settings.batch_size, self.generator):
-            wrong = random_negatives(labels, self.data.classes, self.generator)
-            yield self.shard.encode(images.repeat(2, 1), torch.cat([labels, wrong]))
-
-    def _tests(self, each: int) -> Iterator[torch.Tensor]:
-        """`each` test images at a time, every one under every label."""
-        every = torch.arange(self.data.classes, device=self.ranks.device)
-        for images, _ in datasets.test_batches(self.data, each):
-            labels = every.repeat(len(images))
-            yield self.shard.encode(images.repeat_interleave(len(every), 0), labels)
-
-
-def digest(layer: FFLayer) -> str:
-    """Short SHA-256 of a layer's weights and optimizer state."""
-    found = hashlib.sha256()
-    for tensor in layer.state_dict().values():
-        found.update(tensor.cpu().numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
-def _prepare(
-    settings: Settings, ranks: Ranks, store: Checkpoint | None
-) -> tuple[datasets.Dataset, dict]:
-    """On the first rank: load the data, refuse what does not fit it, and see what is done."""
-    if ranks.size > len(settings.hidden):
-        raise ValueError(
-            f"hidden has {len(settings.hidden)} layers for {ranks.size} ranks; give at least one "
-            "layer for each."
-        )
-    data = datasets.load_dataset(settings.dataset, settings.train_size or None)
-    check_fit(data, settings.configs()[1])
-    given = asdict(settings) | {"hidden": list(settings.hidden)}
-    given |= {"dataset": data.name, "checksum": data.checksum}
-    run = {"settings": given, "epoch": 0, "epochs": []}
-    if store:
-        run = store.latest(given) or run
-    return data.to(ranks.device), run
-
-
-def _baseline(ranks: Ranks) -> int:
-    """Bytes this process has before there are layers."""
-    torch.ones(64, 64) @ torch.ones(64, 64)  # loads what any program loads
-    if ranks.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return 0
-    reset_peak()
-    return resident_bytes()
-
-
-def _peak(ranks: Ranks) -> int:
-    cuda = ranks.device.type == "cuda"
-    return torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()
-
-
-def _batch_rows(samples: int, batch_size: int, rows: int) -> list[int]:
-    """Rows of every batch, with `rows` for each sample."""
-    starts = range(0, samples, batch_size)
-    return [rows * min(batch_size, samples - start) for start in starts]
 
 
 # --- What backprop would do -----------------------------------------------------------------
@@ -590,14 +494,9 @@ def launch(ranks: int, settings: Settings, checkpoint: str | os.PathLike | None 
         options = ["--record", str(record), "--end-with", str(os.getpid())]
         if checkpoint:
             options += ["--checkpoint", str(user_path(checkpoint))]
-        done = subprocess.run(
-            torchrun_command(ranks, settings, *options),
-            cwd=ROOT,
-            env=os.environ | RETURN_FREED_MEMORY,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = torchrun_command(ranks, settings, *options)
+        environment = os.environ | process.RETURN_FREED_MEMORY
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode == 0:
             return json.loads(record.read_text(encoding="utf-8"))
     lines = done.stderr.strip().splitlines() or ["no message"]
@@ -605,14 +504,28 @@ def launch(ranks: int, settings: Settings, checkpoint: str | os.PathLike | None 
     raise RuntimeError((reasons or lines)[-1])
 
 
-def _end_with(ids: list[int]) -> None:
-    """End this process once one of those with these ids has ended, however it ended."""
-    try:
-        processes = [psutil.Process(number) for number in ids]
-        while all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes):
-            time.sleep(1)
-    finally:
-        os._exit(1)
+def _watch(ids: list[int]) -> None:
+    """End this process with those of these ids, however they end, and 5 s after SIGTERM.
+
+    torchrun ends the others so when a rank is lost: until then, each can find out which, and say
+    so. A thread, as the main one may be waiting for a message, where Python handles no signal.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def watch() -> None:
+        try:
+            processes = [psutil.Process(number) for number in ids]
+            while all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes):
+                if select.select([reader], [], [], 1)[0]:
+                    time.sleep(5)
+                    break
+        finally:
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -620,16 +533,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="torchrun -m ff_utils.distributed", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for field in fields(Settings):
-        many = {"nargs": "+"} if field.name == "hidden" else {}
-        kind = int if many else type(field.default)
         names = [field.name, *(old for old, new in OLD_NAMES.items() if new == field.name)]
         options = [f"--{name.replace('_', '-')}" for name in names]
-        parser.add_argument(*options, type=kind, default=field.default, **many)
+        kind = {"type": type(field.default)}
+        if field.name == "hidden":
+            kind = {"type": int, "nargs": "+"}
+        parser.add_argument(*options, default=field.default, **kind)
     parser.add_argument("--checkpoint", type=user_path, help="a folder to keep every epoch in")
     parser.add_argument("--record", type=user_path, help="a file for the record, as JSON")
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
-    timeout_help = "seconds to wait for another rank"
-    parser.add_argument("--timeout", "--patience", type=float, default=TIMEOUT, help=timeout_help)
+    timeout = {"default": TIMEOUT, "help": "seconds to wait for another rank"}
+    parser.add_argument("--timeout", "--patience", type=float, **timeout)
     parser.add_argument("--end-with", type=int, help="id of a process not to outlive")
     if int(os.environ.get("RANK", 0)) > 0:
         parser.error = lambda _: sys.exit(2)  # the first rank says it
@@ -640,30 +554,26 @@ def main(arguments: list[str] | None = None) -> None:
         check_number("timeout", given.timeout, 0, 1e6, above=True)
     except ValueError as error:
         parser.error(str(error))
-    watched = [os.getppid()] if dist.is_torchelastic_launched() else []
-    watched += [given.end_with] if given.end_with else []
-    if watched:
-        threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
+    if dist.is_torchelastic_launched():
+        _watch([os.getppid(), given.end_with or os.getppid()])
     torch.set_num_threads(given.threads)
     try:
         ranks = Ranks(given.timeout)
     except RuntimeError as error:
         parser.exit(1, f"error: the ranks did not all meet within {given.timeout:g} s: {error}\n")
-    # torchrun ends the others when one is lost: let each find out which, and say so, first.
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
     try:
         record = train(settings, ranks, given.checkpoint)
         if record:
             _print(record)
             if given.record:
                 write_text(given.record, json.dumps(record, indent=1) + "\n")
-        ranks.broadcast()
+        ranks.gather()
     except RankLostError as error:
         again = "with --checkpoint FOLDER, a second start goes on from the last epoch"
         if given.checkpoint:
             again = f"the same command, on any number of ranks, goes on from {given.checkpoint}"
         ranks.end(f"{error}: {again}.", 1)
-    except (ValueError, FloatingPointError, OSError, datasets.DataNotFoundError) as error:
+    except (ValueError, FloatingPointError, OSError, DataNotFoundError) as error:
         ranks.end(str(error), 2)
     except KeyboardInterrupt:
         os._exit(130)
@@ -674,10 +584,9 @@ def _print(record: dict) -> None:
     last = record["epochs"][-1]
     print(f"test error {record['test_error']:.2%} by goodness, {last['seconds']:.2f} s an epoch")
     for rank, row in enumerate(record["ranks"]):
-        layers, size = row["layers"], format_bytes(row["tensor_bytes"])
-        peak = format_bytes(row["peak_bytes"])
+        size, peak = format_bytes(row["tensor_bytes"]), format_bytes(row["peak_bytes"])
         busy = "" if row["busy"] is None else f", busy {row['busy']:.0%} of the time"
-        print(f"rank {rank}: layers {layers[0]} to {layers[-1]}, {size} ({peak} resident){busy}")
+        print(f"rank {rank}: layers {row['layers']}, {size} ({peak} resident){busy}")
 
 
 if __name__ == "__main__":

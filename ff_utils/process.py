@@ -3,20 +3,24 @@
 import sys
 from pathlib import Path
 
+import psutil
+
 # The C library gives freed blocks back to the system at once, so that a process's peak is what it
 # needed and not what its allocator kept. Set in the environment of a fresh process.
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def resident_bytes() -> int:
-    """Resident memory now; where the system tells only its peak, the peak so far."""
-    return _status_bytes("VmRSS") or peak_resident_bytes()
+    """Resident memory now."""
+    return psutil.Process().memory_info().rss
 
 
 def peak_resident_bytes() -> int:
     """The most resident memory that this process has had since `reset_peak`."""
-    if (peak := _status_bytes("VmHWM")) is not None:
-        return peak
+    status = Path("/proc/self/status")  # of this process alone; getrusage's is the parent's too
+    if status.exists():
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(peak.split()[1])
     try:
         import resource
     except ModuleNotFoundError as error:
@@ -36,20 +40,4 @@ def reset_peak() -> bool:
 
 def free_bytes() -> int:
     """Bytes of the host's memory that can be had."""
-    if (free := _status_bytes("MemAvailable", "/proc/meminfo")) is not None:
-        return free
-    import psutil
-
     return psutil.virtual_memory().available
-
-
-def _status_bytes(key: str, path: str = "/proc/self/status") -> int | None:
-    """A size that Linux reports, in bytes. /proc/self/status is of this process alone, where
-    getrusage's peak is inherited from its parent."""
-    status = Path(path)
-    if not status.exists():
-        return None
-    for line in status.read_text().splitlines():
-        if line.startswith(key + ":"):
-            return 1024 * int(line.split()[1])
-    return None

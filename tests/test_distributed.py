@@ -7,39 +7,63 @@ import sys
 import time
 from dataclasses import asdict, replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
-from ff_utils import FFConfig, ForwardForward, distributed, goodness_errors, load_dataset
+from ff_utils import ForwardForward, distributed, goodness_errors, load_dataset
 from ff_utils.distributed import Settings
 from ff_utils.ff.negatives import random_negatives
 from ff_utils.training import batches
 from ff_utils.utils import ROOT
 
 WIDE = Settings("digits", train_size=200, hidden=(900,) * 4, epochs=2, batch_size=60, seed=3)
-LONG = Settings("digits", train_size=300, hidden=(24, 16, 24), epochs=40, batch_size=40)
+LONG = Settings("digits", train_size=300, hidden=(24, 16, 24), epochs=60, batch_size=40)
+ENDLESS = replace(LONG, epochs=10**6)
+
+
+LAUNCH = """
+import json
+from ff_utils.distributed import Settings, launch
+
+def two(settings, folder=None):
+    try:
+        print(json.dumps(launch(2, settings, folder)))
+    except RuntimeError as error:
+        print(error)
+
+"""
+RENAMED = ["unshare", "-Ur", "--uts", "sh", "-c", 'hostname nosuch.invalid && exec "$@"', "sh"]
+ENDED = "rank 1 has ended before its work was done: the same command, on any number of ranks"
 
 
 def one_process(settings):
     """What `ForwardForward` and its own step make of these settings, and the data."""
     data = load_dataset(settings.dataset, settings.train_size)
-    names = ("label_scale", "threshold", "sharpness", "seed")
-    config = FFConfig(classifier=False, **{name: getattr(settings, name) for name in names})
-    network = ForwardForward(data.pixels, data.classes, list(settings.hidden), config)
+    network = ForwardForward(
+        data.pixels, data.classes, list(settings.hidden), settings.configs()[0]
+    )
     generator = torch.Generator().manual_seed(settings.seed)
-    steps = settings.epochs * -(-settings.train_size // settings.batch_size)
-    done = 0
-    for _ in range(settings.epochs):
-        for images, labels in batches(data, settings.batch_size, generator):
+    count = -(-settings.train_size // settings.batch_size)
+    for epoch in range(settings.epochs):
+        for number, (images, labels) in enumerate(batches(data, settings.batch_size, generator)):
             wrong = random_negatives(labels, data.classes, generator)
             h = network.encode(images.repeat(2, 1), torch.cat([labels, wrong]))
-            rate = settings.learning_rate * min(1, 2 * (1 - done / steps))
-            network.step(h, len(labels), rate)
-            done += 1
+            done = (epoch * count + number) / (settings.epochs * count)
+            network.step(h, len(labels), settings.learning_rate * min(1, 2 * (1 - done)))
     return network, data
+
+
+def python(code):
+    """A fresh Python, on a machine whose name does not resolve where that can be arranged."""
+    renamed = shutil.which("unshare") and subprocess.call([*RENAMED, "true"]) == 0
+    command = [*(RENAMED if renamed else []), sys.executable, "-c", LAUNCH + code]
+    return psutil.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,69 +82,90 @@ def alone():
 
 
 @pytest.fixture(scope="module")
-def records():
-    return {number: distributed.launch(number, WIDE) for number in (1, 2, 3)}
+def one(alone):
+    return distributed.train(WIDE, alone)
 
 
-def torchrun(ranks, settings, *more):
-    command = distributed.torchrun_command(ranks, settings, *more)
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+@pytest.fixture(scope="module")
+def refused_and_two():
+    """What is said of too few layers, then the record of two ranks."""
+    bad = replace(WIDE, hidden=(20,))
+    run = python(f"two({bad!r}); two({WIDE!r})")
+    refusal, record = run.communicate(timeout=120)[0].splitlines()
+    return refusal, json.loads(record)
+
+
+@pytest.fixture
+def two(refused_and_two):
+    return refused_and_two[1]
+
+
+def test_ranks_learn_bit_for_bit_what_one_process_learns(one, two):
+    network, data = one_process(WIDE)
+    assert one["layers"] == two["layers"] == [distributed.digest(n) for n in network.layers]
+    assert one["test_error"] == two["test_error"]
+    assert one["test_error"] == pytest.approx(goodness_errors(network, data)[-1])
+    losses = [[row | {"seconds": 0} for row in record["epochs"]] for record in (one, two)]
+    assert losses[0] == losses[1] and set(losses[0][0]) >= {"epoch", "loss_1", "loss_4"}
+
+
+def test_rank_needs_less_memory_than_one_process(one, two):
+    whole = one["ranks"][0]["tensor_bytes"]
+    layers = [4 * (a * b + b) for a, b in pairwise([64, *WIDE.hidden])]
+    steps, gradient = 4 * 2 * 4, 4 * 900 * 900  # steps: two counts a layer
+    assert whole == 3 * sum(layers) + steps + gradient
+    assert sum(row["tensor_bytes"] for row in two["ranks"]) == whole + gradient
+    assert all(row["tensor_bytes"] < row["peak_bytes"] < 2 * whole for row in two["ranks"])
+
+
+def test_rank_takes_batch_after_batch(two):
+    for row in two["ranks"]:
+        assert len(row["timeline"]) == 4 and 0 < row["busy"] <= 1
+        times = [time for span in row["timeline"] for time in span]
+        assert times == sorted(times)
+
+
+def test_next_batch_is_under_way_while_one_is_at_work(alone, monkeypatch):
+    asked = []
+
+    def irecv(h, _):
+        asked.append(h.fill_(len(asked)))
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(dist, "irecv", irecv)
+    found = [(len(h), int(h[0, 0]), len(asked)) for h in alone.receive(10, 4, 3)]
+    assert found == [(4, 0, 2), (4, 1, 3), (2, 2, 3)]
+
+
+def test_killed_rank_ends_the_others_and_another_number_of_ranks_goes_on(alone, tmp_path):
+    command = distributed.torchrun_command(3, LONG, "--checkpoint", str(tmp_path))
+    run = psutil.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for_checkpoint(run, tmp_path)
+    ranks = {child.environ().get("RANK"): child for child in run.children()}
+    ranks["1"].kill()
+    killed = time.perf_counter()
+    (sentence,) = errors(run.communicate(timeout=60)[1])
+    assert time.perf_counter() - killed < 30
+    assert run.returncode != 0 and ENDED in sentence and str(tmp_path) in sentence
+    assert not any(child.is_running() for child in ranks.values())
+    (kept,) = tmp_path.glob("epoch-*.run")
+    assert int(kept.stem.split("-")[1]) < LONG.epochs
+    record = distributed.train(LONG, alone, tmp_path)
+    network, _ = one_process(LONG)
+    assert record["layers"] == [distributed.digest(layer) for layer in network.layers]
+    assert [row["epoch"] for row in record["epochs"]] == list(range(1, LONG.epochs + 1))
+    names = {f"epoch-{LONG.epochs}.{part}" for part in ("layer-0", "layer-1", "layer-2", "run")}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def wait_for_checkpoint(run, folder):
+    while not list(folder.glob("epoch-*.run")):
+        assert run.poll() is None
+        time.sleep(0.005)
 
 
 def errors(text):
     return [line for line in text.splitlines() if line.startswith("error:")]
-
-
-def test_ranks_learn_bit_for_bit_what_one_process_learns(records):
-    network, data = one_process(WIDE)
-    expected = [distributed.digest(layer) for layer in network.layers]
-    for record in records.values():
-        assert record["layers"] == expected
-        assert record["test_error"] == pytest.approx(goodness_errors(network, data)[-1])
-        assert record["epochs"][-1]["loss_3"] == records[1]["epochs"][-1]["loss_3"]
-
-
-def test_rank_memory_falls_with_their_number(records):
-    for size, falls in (("tensor_bytes", 1.25), ("peak_bytes", 1.05)):
-        most = [max(row[size] for row in records[number]["ranks"]) for number in (1, 2, 3)]
-        assert most[0] > falls * most[1] and most[1] > falls * most[2], (size, most)
-    tensors = sum(row["tensor_bytes"] for row in records[3]["ranks"])
-    layers = [4 * (a * b + b) for a, b in pairwise([64, *WIDE.hidden])]
-    assert tensors == 3 * sum(layers) + 3 * 4 * 900 * 900 + 4 * 2 * 4  # two step counts a layer
-
-
-def test_rank_works_on_a_batch_while_the_one_below_has_the_next(records):
-    below, above = (row["timeline"] for row in records[2]["ranks"])
-    assert len(below) == len(above) == 4
-    for (_, sent), (begun, _) in zip(below, above, strict=True):
-        assert begun >= sent - 0.005  # the clocks start a message apart
-    assert all(end <= begun for row in (below, above) for (_, end), (begun, _) in pairwise(row))
-
-
-def test_killed_rank_ends_the_others_and_another_number_of_ranks_goes_on(tmp_path):
-    done = torchrun(3, LONG, "--checkpoint", str(tmp_path))
-    ranks = {}
-    while not list(tmp_path.glob("epoch-*.run")):
-        assert done.poll() is None and time.sleep(0.005) is None
-        if len(ranks) < 3:
-            children = psutil.Process(done.pid).children()
-            ranks = {child.environ().get("RANK"): child for child in children}
-    ranks["1"].send_signal(signal.SIGKILL)
-    killed = time.perf_counter()
-    (sentence,) = errors(done.communicate(timeout=60)[1])
-    assert time.perf_counter() - killed < 20
-    assert done.returncode != 0
-    assert "rank 1 has ended before its work was done" in sentence and str(tmp_path) in sentence
-    assert not any(child.is_running() for child in ranks.values())
-    (kept,) = tmp_path.glob("epoch-*.run")
-    epoch = int(kept.stem.split("-")[1])
-    assert epoch < LONG.epochs
-    record = distributed.launch(2, LONG, tmp_path)
-    network, _ = one_process(LONG)
-    assert record["layers"] == [distributed.digest(layer) for layer in network.layers]
-    assert [row["epoch"] for row in record["epochs"]] == list(range(1, LONG.epochs + 1))
-    names = {f"epoch-40.{part}" for part in ("layer-0", "layer-1", "layer-2", "run")}
-    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_checkpoint_survives_a_kill_while_it_is_written(alone, tmp_path, monkeypatch):
@@ -166,31 +211,39 @@ def test_settings_out_of_range_are_refused_in_one_sentence(alone, tmp_path, monk
     refused("hidden has 3 layers for 4 ranks")
 
 
-def test_refusal_is_said_by_the_first_rank_alone_whatever_the_host_is_called():
-    command = distributed.torchrun_command(2, replace(LONG, hidden=(20,)))
-    renamed = ["unshare", "-Ur", "--uts", "sh", "-c", 'hostname nosuch.invalid && exec "$@"', "sh"]
-    if shutil.which("unshare") and not subprocess.run([*renamed, "true"], check=False).returncode:
-        command = [*renamed, *command]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode != 0
-    expected = "error: hidden has 1 layers for 2 ranks; give at least one layer for each."
-    assert errors(done.stderr) == [expected]
+def test_refusal_is_one_sentence(refused_and_two):
+    sentence = "hidden has 1 layers for 2 ranks; give at least one layer for each."
+    assert refused_and_two[0] == sentence
+
+
+def test_ranks_but_the_first_refuse_settings_in_silence(monkeypatch, capsys):
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            distributed.main(["--epochs", "0"])
+        assert capsys.readouterr().err.count("epochs is 0") == (rank == "0")
 
 
 def test_ranks_end_with_the_process_that_launched_them(tmp_path):
-    lines = ["from ff_utils.distributed import Settings, launch"]
-    lines += [f"launch(2, {replace(LONG, epochs=10**6)!r}, {str(tmp_path)!r})"]
-    command = [sys.executable, "-c", "; ".join(lines)]
-    launcher = psutil.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    while not list(tmp_path.glob("epoch-*.run")):
-        assert launcher.poll() is None and time.sleep(0.05) is None
+    launcher = python(f"two({ENDLESS!r}, {str(tmp_path)!r})")
+    wait_for_checkpoint(launcher, tmp_path)
     children = launcher.children(recursive=True)
     assert len(children) >= 3  # torchrun and two ranks
     launcher.kill()
-    _, alive = psutil.wait_procs([launcher, *children], timeout=30)
+    _, alive = psutil.wait_procs([launcher, *children], timeout=60)
     assert not alive
+
+
+def test_rank_that_waits_where_python_handles_no_signal_ends_after_sigterm():
+    lines = ["import os", "from torch.distributed import TCPStore"]
+    lines += ["store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)"]
+    lines += ["from ff_utils import distributed", "distributed._watch([os.getpid()])"]
+    lines += ["print('waits', flush=True)", "store.wait(['never'])"]
+    run = python("\n".join(lines))
+    assert run.stdout.readline() == "waits\n"
+    time.sleep(0.5)
+    run.terminate()
+    assert run.wait(timeout=30) == 1
 
 
 def test_old_names_of_settings_are_read(alone, tmp_path, monkeypatch):
