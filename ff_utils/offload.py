@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from ff_utils.config import FFConfig, LayerConfig
 from ff_utils.ff.layers import FFLayer, split_batch
 from ff_utils.ff.negatives import FactoredInput
 from ff_utils.ff.network import ForwardForward
-from ff_utils.utils import HOST, allocation_category, check_number
+from ff_utils.utils import HOST, allocation_category, check_number, user_path
 
 ALIGNMENT = 64  # elements: tensors in a slot start where libraries take their fastest kernels
 WEIGHTS = ("weight", "bias")
@@ -59,7 +58,7 @@ class FileStore:
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
-        self.folder, self.moved = Path(folder), 0
+        self.folder, self.moved = user_path(folder), 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -119,50 +118,45 @@ class Slots:
     """
 
     def __init__(
-        self, widths: list[int], store: MemoryStore | FileStore, ahead: int, like: torch.Tensor
+        self,
+        widths: list[int],
+        store: MemoryStore | FileStore,
+        ahead: int,
+        like: torch.Tensor,
+        moments: bool,
     ) -> None:
-        self.depth = len(widths) - 1
-        self.room = max(
-            _aligned(below * width) + _aligned(width) for below, width in pairwise(widths)
-        )
+        depth = len(widths) - 1
+        room = max(_aligned(below * width) + _aligned(width) for below, width in pairwise(widths))
         self.store, self.layers = store, {}
-        self.weights = [like.new_zeros(self.room) for _ in range(min(1 + ahead, self.depth))]
-        self.moments, self.steps = like.new_empty(0), None
-        self._moments_arrived = None
+        self.weights = [like.new_zeros(room) for _ in range(min(1 + ahead, depth))]
+        self.moments = like.new_zeros(2 * room) if moments else None
+        self.steps = like.new_zeros(depth, 2, dtype=torch.float32) if moments else None
         self.cuda = getattr(store, "pinned", False)  # only a GPU copies from pinned memory
+        self.inward = self.outward = self._moments_arrived = None
         if self.cuda:
             self.inward, self.outward = (torch.cuda.Stream(like.device) for _ in range(2))
-            self.free: dict[int | str, torch.cuda.Event] = {}
-            self._outlive_copies(*self.weights)
+            self._outlive_copies()
+        self.free: dict[int | str, torch.cuda.Event] = {}
 
     def take(self, number: int, layer: FFLayer) -> FFLayer:
         """Write a new layer's tensors to the store and let the layer read the slots instead."""
-        names = {"weights": WEIGHTS}
-        if "weight_steps" in dict(layer.named_buffers()):
-            names["moments"] = MOMENTS
-            if self.steps is None:
-                self.moments = self.weights[0].new_zeros(2 * self.room)
-                self._outlive_copies(self.moments)
-                kind = {"device": self.moments.device, "dtype": torch.float32}
-                self.steps = torch.zeros(2 * self.depth, **kind)
-        for piece, parts in names.items():
-            slot = self.weights[number % len(self.weights)] if piece == "weights" else self.moments
+        pieces = [("weights", self.weights[self._slot(number, "weights")], WEIGHTS)]
+        if self.moments is not None:
+            pieces.append(("moments", self.moments, MOMENTS))
+            layer.weight_steps, layer.bias_steps = self.steps[number]
+            layer.optimizer.before_update = self.await_moments
+        for piece, slot, names in pieces:
             offset = 0
-            for name in parts:
+            for name in names:
                 tensor = getattr(layer, name)
                 view = slot[offset : offset + tensor.numel()].view_as(tensor)
                 view.copy_(tensor)
                 if name in WEIGHTS:
-                    setattr(layer, name, nn.Parameter(view, requires_grad=False))
-                else:
-                    layer.register_buffer(name, view)
+                    view = nn.Parameter(view, requires_grad=False)
+                setattr(layer, name, view)
                 offset += _aligned(tensor.numel())
             self.layers[number, piece] = slot[:offset]
             self.store.write(f"{number}.{piece}", slot[:offset])
-        if self.steps is not None:
-            layer.register_buffer("weight_steps", self.steps[2 * number])
-            layer.register_buffer("bias_steps", self.steps[2 * number + 1])
-            layer.optimizer.before_update = self.await_moments
         self.synchronize()  # what was written is whole before another stream reads it
         return layer
 
@@ -170,17 +164,15 @@ class Slots:
         self, layers: nn.ModuleList, numbers: Sequence[int], update: bool
     ) -> Iterator[FFLayer]:
         """Fetch the layers of these numbers in turn; write each back if it was to be trained."""
-        numbers = list(numbers)
-        arrived = {}
-        for position, number in enumerate(numbers):
+        numbers, arrived = list(numbers), {}
+        for number, following in pairwise([*numbers, *numbers[-1:]]):
             if number not in arrived:
                 arrived[number] = self._fetch(number, "weights")
             # Moments first: they are needed sooner than the next layer's weights.
-            if update and self.steps is not None:
+            if update and self.moments is not None:
                 self._moments_arrived = self._fetch(number, "moments")
-            for following in numbers[position + 1 : position + 2]:
-                if self._slot(following, "weights") != self._slot(number, "weights"):
-                    arrived[following] = self._fetch(following, "weights")
+            if self._slot(following, "weights") != self._slot(number, "weights"):
+                arrived[following] = self._fetch(following, "weights")
             self._await(arrived.pop(number))
             yield layers[number]
             self._write_back(number, update)
@@ -198,35 +190,36 @@ class Slots:
         return number % len(self.weights) if piece == "weights" else piece
 
     def _fetch(self, number: int, piece: str) -> "torch.cuda.Event | None":
-        with torch.cuda.stream(self.inward) if self.cuda else nullcontext():
-            if self.cuda and self._slot(number, piece) in self.free:
-                self.inward.wait_event(self.free[self._slot(number, piece)])
+        with torch.cuda.stream(self.inward):  # of no effect without a GPU, where it is None
+            if slot_is_free := self.free.get(self._slot(number, piece)):
+                self.inward.wait_event(slot_is_free)
             self.store.read(f"{number}.{piece}", self.layers[number, piece])
             return self.inward.record_event() if self.cuda else None
 
     def _await(self, event: "torch.cuda.Event | None") -> None:
-        if event is not None:
+        if event:
             torch.cuda.current_stream().wait_event(event)
 
     def _write_back(self, number: int, update: bool) -> None:
-        pieces = ["moments"] * (update and self.steps is not None) + ["weights"]
+        pieces = ["weights"]
+        if update and self.moments is not None:
+            pieces = ["moments", "weights"]
+            self.await_moments()
         if self.cuda:
-            if update:
-                self.await_moments()
             self.outward.wait_event(torch.cuda.current_stream().record_event())
-        with torch.cuda.stream(self.outward) if self.cuda else nullcontext():
+        with torch.cuda.stream(self.outward):
             for piece in pieces:
                 if update:
                     self.store.write(f"{number}.{piece}", self.layers[number, piece])
                 if self.cuda:
                     self.free[self._slot(number, piece)] = self.outward.record_event()
 
-    def _outlive_copies(self, *slots: torch.Tensor) -> None:
-        """Keep a slot's memory from being used again before the copies from and to it are done."""
-        if self.cuda:
-            for slot in slots:
-                slot.record_stream(self.inward)
-                slot.record_stream(self.outward)
+    def _outlive_copies(self) -> None:
+        """Keep slots' memory from being used again before the copies from and to it are done."""
+        for slot in (*self.weights, self.moments):
+            for stream in (self.inward, self.outward):
+                if slot is not None:
+                    slot.record_stream(stream)
 
 
 def _aligned(count: int) -> int:
@@ -243,25 +236,25 @@ class _Offloaded(nn.Module):
     def state_dict(self, *arguments: object, **keywords: object) -> dict[str, torch.Tensor]:
         """As of a network in memory, every tensor copied to the host."""
         state = super().state_dict(*arguments, **keywords)
-        for number in range(len(self.layers)):
-            for layer in self.iter_layers([number], update=True):
-                self.slots.await_moments()
-                found = layer.state_dict(prefix=f"layers.{number}.")
-                state |= {name: tensor.cpu().clone() for name, tensor in found.items()}
-        self.slots.synchronize()
+        for prefix, layer in self._whole_layers():
+            found = layer.state_dict(prefix=prefix)
+            state |= {name: tensor.cpu().clone() for name, tensor in found.items()}
         return state
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
         """Take over the weights and optimizer state of a network in memory, layer by layer."""
         found = super().load_state_dict(state_dict, strict)
-        for number in range(len(self.layers)):
-            prefix = f"layers.{number}."
-            for layer in self.iter_layers([number], update=True):
-                self.slots.await_moments()
-                own = {k.removeprefix(prefix): v for k, v in state_dict.items()}
-                layer.load_state_dict(own, strict=False)
-        self.slots.synchronize()
+        for prefix, layer in self._whole_layers():
+            own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+            layer.load_state_dict(own, strict=False)
         return found
+
+    def _whole_layers(self) -> Iterator[tuple[str, FFLayer]]:
+        """Every layer with its moments, to be read or changed; and its prefix in a state."""
+        for number, layer in enumerate(self.iter_layers(range(len(self.layers)), update=True)):
+            self.slots.await_moments()
+            yield f"layers.{number}.", layer
+        self.slots.synchronize()
 
     def _apply(self, function, recurse: bool = True):
         raise RuntimeError("an offloaded network stays where it was built: give `device` there.")
@@ -298,7 +291,8 @@ class OffloadedForwardForward(_Offloaded, ForwardForward):
         layer = make()
         if number == 0:
             widths = [layer.in_features, *self.hidden]
-            self.slots = Slots(widths, *self._store_and_ahead, self.grad_buffer)
+            moments = self.config.optimizer == "adam"
+            self.slots = Slots(widths, *self._store_and_ahead, self.grad_buffer, moments)
         return self.slots.take(number, layer)
 
     def cache_activations(
@@ -325,9 +319,8 @@ class OffloadedForwardForward(_Offloaded, ForwardForward):
                 if number == 0:
                     x = h[part.rows].clone()
                 else:
-                    empty = h.new_empty(part.rows.stop - part.rows.start, layer.in_features)
-                    x = store.read(f"rows.{p}", empty)
-                    del empty
+                    rows = part.rows.stop - part.rows.start
+                    x = store.read(f"rows.{p}", h.new_empty(rows, layer.in_features))
                 y, loss = layer.add_gradient(x, part, dw, db)
                 if number < last:
                     store.write(f"rows.{p}", y)
@@ -345,12 +338,12 @@ class _Cached:
         self.store, self.like = store, []
         for number, tensor in enumerate(tensors):
             store.write(f"kept.{number}", tensor)
-            self.like.append((tensor.shape, tensor.dtype, tensor.device))
+            kind = {"dtype": tensor.dtype, "device": tensor.device}
+            self.like.append({"size": tensor.shape} | kind)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        for number, (shape, dtype, device) in enumerate(self.like):
-            empty = torch.empty(shape, dtype=dtype, device=device)
-            yield self.store.read(f"kept.{number}", empty)
+        for number, kind in enumerate(self.like):
+            yield self.store.read(f"kept.{number}", torch.empty(**kind))
 
 
 class OffloadedBackprop(_Offloaded):
@@ -379,7 +372,9 @@ class OffloadedBackprop(_Offloaded):
         largest = max(below * above for below, above in pairwise(widths))
         gradient = torch.zeros(largest, device=device, dtype=dtype)
         self.register_buffer("grad_buffer", gradient, persistent=False)
-        self.slots = Slots(widths, open_store(store, torch.device(device)), ahead, gradient)
+        store = open_store(store, torch.device(device))
+        self.slots = Slots(widths, store, ahead, gradient, moments=optimizer == "adam")
+        self.depth = len(hidden)  # the classifier comes after the hidden layers
         generator = torch.Generator().manual_seed(seed)
         config = LayerConfig(optimizer=optimizer)
         self.layers = nn.ModuleList(
@@ -407,7 +402,7 @@ class OffloadedBackprop(_Offloaded):
         gradient on its way down, the device holds one part and the store the others.
         """
         size = -(-len(images) // micro_batches)
-        parts, whole = images.split(size), micro_batches == 1
+        parts, whole, store = images.split(size), micro_batches == 1, self.slots.store
         passing: dict[int, torch.Tensor] = {}  # what is between two layers, in one part
         logits = []
         for number, layer in enumerate(self.iter_layers(range(self.depth + 1))):
@@ -418,7 +413,7 @@ class OffloadedBackprop(_Offloaded):
                 if number == self.depth:
                     logits.append(h)
                 else:
-                    self.slots.store.write(f"kept.{number + 1}.{p}", h)
+                    store.write(f"kept.{number + 1}.{p}", h)
                     if whole:
                         passing[p] = h
                 del h
@@ -436,11 +431,10 @@ class OffloadedBackprop(_Offloaded):
             dw = self.grad_buffer[: layer.weight.numel()].view_as(layer.weight)
             db = torch.empty_like(layer.bias)
             for p, part in enumerate(parts):
-                if p in passing:
-                    dz = passing.pop(p)
-                else:
-                    empty = images.new_empty(len(part), len(layer.bias))
-                    dz = self.slots.store.read(f"down.{p}", empty)
+                dz = passing.pop(p, None)
+                if dz is None:
+                    dz = images.new_empty(len(part), len(layer.bias))
+                    store.read(f"down.{p}", dz)
                 beta = 0.0 if p == 0 else 1.0
                 below = part if number == 0 else self._kept(number, p, part)
                 dw.addmm_(dz.t(), below, beta=beta)
@@ -454,15 +448,10 @@ class OffloadedBackprop(_Offloaded):
                     if whole:
                         passing[p] = dz
                     else:
-                        self.slots.store.write(f"down.{p}", dz)
+                        store.write(f"down.{p}", dz)
                 del dz, below
             layer.optimizer.update([dw, db], learning_rate)
         return loss / len(labels)
-
-    @property
-    def depth(self) -> int:
-        """Hidden layers; the classifier comes after them."""
-        return len(self.layers) - 1
 
     def _output(self, number: int, layer: FFLayer, h: torch.Tensor) -> torch.Tensor:
         return layer(h) if number < self.depth else torch.addmm(layer.bias, h, layer.weight.t())
