@@ -5,12 +5,15 @@ import hashlib
 import pickle
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pooch
 import torch
+from requests import RequestException
 
 from ff_utils import utils
 from ff_utils.utils import check_choice, check_number
@@ -22,43 +25,39 @@ TITLES = {
     "digits": "8x8 digits",
     "colour_digits": "8x8 colour digits",
 }
-DATASETS = ("auto", *TITLES)
 TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
-TIMEOUT_SECONDS = 30
-
+IDX_FILES = (
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+)
+MNIST = (
+    "sha256:440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    "sha256:3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    "sha256:8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    "sha256:f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+)
+MNIST_UNPACKED = (
+    "sha256:ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "sha256:65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "sha256:0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "sha256:ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+)
+FASHION_MNIST = (
+    "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "md5:25c81989df183df01b3e8a0aad5dffbe",
+    "md5:bef4ecab320f06d8554ea6380940ec79",
+    "md5:bb300cfdad3c16e7a12a480ee83cd310",
+)
 # Files of each data set in the order they are read, with the checksum of each; for MNIST also of
 # the same files unpacked, as torchvision leaves them.
 REGISTRY = {
-    "mnist": {
-        "train-images-idx3-ubyte.gz": "sha256:"
-        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-        "train-labels-idx1-ubyte.gz": "sha256:"
-        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-        "t10k-images-idx3-ubyte.gz": "sha256:"
-        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-        "t10k-labels-idx1-ubyte.gz": "sha256:"
-        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-    },
-    "fashion_mnist": {
-        "train-images-idx3-ubyte.gz": "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-        "train-labels-idx1-ubyte.gz": "md5:25c81989df183df01b3e8a0aad5dffbe",
-        "t10k-images-idx3-ubyte.gz": "md5:bef4ecab320f06d8554ea6380940ec79",
-        "t10k-labels-idx1-ubyte.gz": "md5:bb300cfdad3c16e7a12a480ee83cd310",
-    },
+    "mnist": dict(zip(IDX_FILES, MNIST, strict=True)),
+    "fashion_mnist": dict(zip(IDX_FILES, FASHION_MNIST, strict=True)),
     "cifar10": {"cifar-10-python.tar.gz": "md5:c58f30108f718f92721af3b95e74349a"},
 }
-UNPACKED = {
-    "mnist": {
-        "train-images-idx3-ubyte": "sha256:"
-        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-        "train-labels-idx1-ubyte": "sha256:"
-        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-        "t10k-images-idx3-ubyte": "sha256:"
-        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-        "t10k-labels-idx1-ubyte": "sha256:"
-        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-    },
-}
+UNPACKED = {"mnist": dict(zip(IDX_FILES, MNIST_UNPACKED, strict=True))}
 MIRRORS = {
     "mnist": (
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -109,18 +108,12 @@ class Dataset:
 
     def subset(self, train: int | None, test: int | None = None) -> "Dataset":
         """The first `train` and `test` samples; None keeps all."""
-        for name, wanted, count in (
-            ("train_size", train, len(self.train_labels)),
-            ("test_size", test, len(self.test_labels)),
-        ):
-            if wanted is not None:
-                check_number(name, wanted, 1, count, whole=True)
-        return self._with_tensors(
-            self.train_images[:train],
-            self.train_labels[:train],
-            self.test_images[:test],
-            self.test_labels[:test],
-        )
+        if train is not None:
+            check_number("train_size", train, 1, len(self.train_labels), whole=True)
+        if test is not None:
+            check_number("test_size", test, 1, len(self.test_labels), whole=True)
+        sizes = (train, train, test, test)
+        return self._with_tensors(t[:n] for t, n in zip(self._tensors(), sizes, strict=True))
 
     def validation_split(self, size: int, seed: int) -> "Dataset":
         """Hold `size` random training samples out: they replace the test set of the result."""
@@ -129,13 +122,17 @@ class Dataset:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         held_out, kept = order[:size], order[size:]
         images, labels = self.train_images, self.train_labels
-        return self._with_tensors(images[kept], labels[kept], images[held_out], labels[held_out])
+        parts = images[kept], labels[kept], images[held_out], labels[held_out]
+        return self._with_tensors(parts)
 
     def to(self, device: str | torch.device) -> "Dataset":
         """The same data on `device`."""
-        return self._with_tensors(*(getattr(self, name).to(device) for name in TENSORS))
+        return self._with_tensors(tensor.to(device) for tensor in self._tensors())
 
-    def _with_tensors(self, *tensors: torch.Tensor) -> "Dataset":
+    def _tensors(self) -> list[torch.Tensor]:
+        return [getattr(self, name) for name in TENSORS]
+
+    def _with_tensors(self, tensors: Iterable[torch.Tensor]) -> "Dataset":
         return replace(self, **dict(zip(TENSORS, tensors, strict=True)))
 
 
@@ -153,19 +150,18 @@ def load_dataset(
     warning. Raises ValueError for an unknown name or size, a file whose checksum is wrong or an
     `FF_DATA_DIR` that is no folder, DataNotFoundError without files and network.
     """
-    check_choice("dataset", name, DATASETS)
+    check_choice("dataset", name, ("auto", *TITLES))
     load = {"digits": _digits, "colour_digits": _colour_digits, "cifar10": _cifar10}
-    if name != "auto":
-        data = load[name]() if name in load else _mnist(name)
-        return data.subset(train_size, test_size)
     try:
-        return _mnist("mnist").subset(train_size, test_size)
+        data = load[name]() if name in load else _mnist("mnist" if name == "auto" else name)
     except DataNotFoundError as error:
-        digits = replace(_digits(), fallback=str(error))
+        if name != "auto":
+            raise
+        data = replace(_digits(), fallback=str(error))
         print(f"WARNING: using scikit-learn's 8x8 digits instead of MNIST. {error}", flush=True)
-        limits = (len(digits.train_labels), len(digits.test_labels))
-        sizes = (train_size, test_size)
-        return digits.subset(*(s and min(s, n) for s, n in zip(sizes, limits, strict=True)))
+        train_size = train_size and min(train_size, len(data.train_labels))
+        test_size = test_size and min(test_size, len(data.test_labels))
+    return data.subset(train_size, test_size)
 
 
 def is_downloaded(name: str) -> bool:
@@ -199,34 +195,29 @@ def _colour_digits() -> Dataset:
         return (share * ink + (1 - share) * ground).flatten(1)
 
     train, test = tinted(digits.train_images), tinted(digits.test_images)
-    return replace(
-        digits,
-        name="colour_digits",
-        shape=(3, 8, 8),
-        train_images=train,
-        test_images=test,
-        checksum=_sha256(train.numpy().tobytes(), test.numpy().tobytes()),
-    )
+    checksum = _sha256(train.numpy().tobytes(), test.numpy().tobytes())
+    parts = train, digits.train_labels, test, digits.test_labels
+    return Dataset("colour_digits", (3, 8, 8), 10, *parts, checksum)
 
 
 def _mnist(name: str) -> Dataset:
     """MNIST or Fashion-MNIST from its four IDX files."""
     files = [_find(name, file_name) for file_name in REGISTRY[name]]
     contents = [path.read_bytes() for path in files]
-    train_images, train_labels, test_images, test_labels = (
+    arrays = [
         _idx_array(gzip.decompress(raw) if path.suffix == ".gz" else raw)
         for path, raw in zip(files, contents, strict=True)
-    )
-    return Dataset(
-        name=name,
-        shape=tuple(train_images.shape[1:]),
-        classes=10,
-        train_images=train_images.flatten(1).float().div_(255),
-        train_labels=train_labels.long(),
-        test_images=test_images.flatten(1).float().div_(255),
-        test_labels=test_labels.long(),
-        checksum=_sha256(*contents),
-    )
+    ]
+    return _from_bytes(name, tuple(arrays[0].shape[1:]), arrays, _sha256(*contents))
+
+
+def _from_bytes(
+    name: str, shape: tuple[int, ...], arrays: list[torch.Tensor], checksum: str
+) -> Dataset:
+    train_images, train_labels, test_images, test_labels = arrays
+    train = train_images.flatten(1).float().div_(255), train_labels.long()
+    test = test_images.flatten(1).float().div_(255), test_labels.long()
+    return Dataset(name, shape, 10, *train, *test, checksum)
 
 
 def _idx_array(raw: bytes) -> torch.Tensor:
@@ -263,36 +254,24 @@ def _cifar10() -> Dataset:
             for name in names:
                 member = archive.extractfile(f"cifar-10-batches-py/{name}")
                 batch = _ArraysOnly(member, encoding="bytes").load()
-                images.append(torch.from_numpy(batch[b"data"]).view(-1, 3 * 32 * 32))
+                images.append(torch.from_numpy(batch[b"data"]))
                 labels.append(torch.tensor(batch[b"labels"]))
     except (OSError, EOFError, KeyError, tarfile.TarError, pickle.UnpicklingError) as error:
         place = utils.relative(path)
         raise ValueError(f"{place} is not CIFAR-10's archive: delete it ({error}).") from error
-    return Dataset(
-        name="cifar10",
-        shape=(3, 32, 32),
-        classes=10,
-        train_images=torch.cat(images[:-1]).float().div_(255),
-        train_labels=torch.cat(labels[:-1]),
-        test_images=images[-1].float().div_(255),
-        test_labels=labels[-1],
-        checksum=_sha256(path.read_bytes()),
-    )
+    arrays = [torch.cat(images[:-1]), torch.cat(labels[:-1]), images[-1], labels[-1]]
+    return _from_bytes("cifar10", (3, 32, 32), arrays, _sha256(path.read_bytes()))
 
 
 def _sha256(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _on_disk(dataset: str, file_name: str) -> Iterator[tuple[Path, str]]:
     """Every such file in the folders that are searched, unpacked ones too, with its checksum."""
     names = {file_name: REGISTRY[dataset][file_name]}
-    unpacked = file_name.removesuffix(".gz")
-    if checksum := UNPACKED.get(dataset, {}).get(unpacked):
-        names[unpacked] = checksum
+    if checksum := UNPACKED.get(dataset, {}).get(file_name):
+        names[file_name.removesuffix(".gz")] = checksum
     folders = utils.data_folders(dataset)
     if dataset in TORCHVISION_FOLDERS:
         folders += utils.data_folders(TORCHVISION_FOLDERS[dataset])
@@ -310,10 +289,8 @@ def _find(dataset: str, file_name: str) -> Path:
         if _matches(path, checksum):
             return path
         # Fashion-MNIST's files have MNIST's names: a folder may hold the other's.
-        of_another = any(
-            _matches(path, known) for files in REGISTRY.values() for known in files.values()
-        )
-        if path.parent != download_to and not of_another:
+        known = chain.from_iterable(files.values() for files in REGISTRY.values())
+        if path.parent != download_to and not any(_matches(path, one) for one in known):
             raise ValueError(
                 f"{utils.relative(path)} is not {dataset}'s file (its checksum differs): delete "
                 "or replace it."
@@ -330,18 +307,10 @@ def _matches(path: Path, checksum: str) -> bool:
 def _download(dataset: str, file_name: str, folder: Path) -> Path:
     """Fetch a file into `folder` from the first mirror that gives it whole."""
     remedy = "set FF_DATA_DIR to a folder that holds the file"
-    try:
-        import pooch
-        from requests import RequestException
-    except ModuleNotFoundError as error:
-        raise DataNotFoundError(
-            f"{file_name} is not on disk, and pooch, which would fetch it, is not installed: "
-            f"{remedy}, or choose dataset=digits."
-        ) from error
     damaged, failures = (folder / file_name).exists(), []
     for mirror in MIRRORS[dataset]:
         source = pooch.create(folder, base_url=mirror, registry=REGISTRY[dataset])
-        fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=TIMEOUT_SECONDS)
+        fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=30)  # seconds
         try:
             return Path(source.fetch(file_name, downloader=fetch))
         except ValueError:
