@@ -30,7 +30,7 @@ AT_MOST = {
     "3 100 300 sgd float32": 500,
     "3 100 300 adam bfloat16": 500,
     "7 200 500 adam float32": 700,
-    "47 200 500 adam float32": 5000,
+    "47 200 500 adam float32": 3000,
 }
 
 
