@@ -65,8 +65,12 @@ lint: $(READY)  ## format the code and report what the formatter cannot mend
 lab: $(READY)  ## open JupyterLab on the notebooks: LAB='options of its own'
 	@$(PY) -m jupyterlab --notebook-dir=notebooks $(LAB)
 
-gpu-reference:  ## measure every arm on this machine's GPU: notebook 5 with PROFILE=gpu
+gpu-reference: $(READY)  ## measure every arm and the example networks on this machine's GPU
+	@$(PY) -m pytest tests/test_cuda.py
 	@$(MAKE) --no-print-directory 05 PROFILE=gpu
+	@for name in vgg16 vit_s16 gpt2; do echo "examples/$$name.py, every choice measured"; \
+	  $(PY) -m ff_utils memory --network examples/$$name.py:build --measure --json \
+	  > data/results/gpu/network_$$name.json || exit 1; done
 
 publish:  ## put the default run's outputs into the notebooks, its numbers into README
 	@$(MAKE) --no-print-directory reproduce PROFILE=default

@@ -549,3 +549,13 @@ def test_transformers_model_is_simulated():
         return transformers.GPT2LMHeadModel(config), {"input_ids": tokens, "labels": tokens}
 
     assert profile(gpt).by_category == profile(gpt, simulate=False).by_category
+
+
+def test_every_choice_is_measured_for_real():
+    table = compare.measure_choices(cnn, repeats=1)
+    simulated = compare.compare(cnn).set_index("choice").peak_bytes
+    assert set(table.choice) == set(simulated.index)
+    measured = table[table.note == ""].set_index("choice")
+    assert (measured.per_second > 0).all() and len(measured) > 10
+    if not torch.cuda.is_available():
+        assert measured.peak_bytes.eq(simulated[measured.index]).all()

@@ -7,18 +7,21 @@ import argparse
 import importlib.util
 import json
 import re
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 
 import pandas as pd
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ff_utils.memory import pictures
-from ff_utils.memory.profile import Profile, StepTracker, profile
+from ff_utils.memory.measure import finish
+from ff_utils.memory.profile import Profile, StepTracker, profile, watch
 from ff_utils.memory.remedies import CHOICES, PLAIN, Remedies, TrainingStep, large_head
 from ff_utils.memory.simulation import CannotSimulateError, Simulation, build, explained
-from ff_utils.utils import format_bytes, user_path
+from ff_utils.utils import default_device, format_bytes, user_path
 
 LARGEST_BATCH = 2**24
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -71,6 +74,65 @@ def compare(
     rows_of["saved"] = 1 - rows_of.peak_bytes / plain.peak_bytes
     rows_of["arithmetic"] = rows_of.flops / plain.flops
     return rows_of
+
+
+def measure_choices(
+    builder: Callable[..., object],
+    *,
+    rows: int | None = None,
+    blocks: list[str] | None = None,
+    optimizer: str = "adam",
+    repeats: int = 3,
+) -> pd.DataFrame:
+    """Every choice run for real, on this machine's GPU or else its CPU; one row each.
+
+    Arguments as in `compare`. Columns: choice, device, peak_bytes (the allocator's on a GPU, live
+    tensors on a CPU), seconds (of a step, the least of `repeats`), per_second (samples), note (why
+    there is no number, such as a lack of memory).
+    """
+    device = default_device()
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    table = []
+    for choice, (remedies, note) in choices_for(builder, rows).items():
+        table.append({"choice": choice, "device": name, "note": note})
+        if note:
+            continue
+        try:
+            module, batch, loss = build(builder, rows=rows)
+            module.to(device)
+            batch = tree_map_only(torch.Tensor, lambda t: t.to(device), batch)
+            kind = {"network_loss": loss, "blocks": blocks, "optimizer": optimizer}
+            step = TrainingStep(module, remedies, **kind)
+            table[-1] |= _measured(partial(step, *batch), module, device, repeats)
+            samples = next(len(leaf) for leaf in tree_leaves(batch) if torch.is_tensor(leaf))
+            table[-1]["per_second"] = samples / table[-1]["seconds"]
+        except (RuntimeError, MemoryError, ValueError) as error:
+            table[-1]["note"] = (str(error).splitlines() or [type(error).__name__])[0]
+        finally:
+            module = batch = loss = step = None
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    columns = ["choice", "device", "peak_bytes", "seconds", "per_second", "note"]
+    return pd.DataFrame(table, columns=columns)
+
+
+def _measured(
+    step: Callable[[], object], module: torch.nn.Module, device: str, repeats: int
+) -> dict[str, float]:
+    """Peak and seconds of a step that has been run before."""
+    if device == "cpu":
+        peak = watch(step, module=module, count=False).peak_bytes
+    else:
+        finish(step, device)
+        torch.cuda.reset_peak_memory_stats()
+        finish(step, device)
+        peak = torch.cuda.max_memory_allocated()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        finish(step, device)
+        seconds.append(time.perf_counter() - start)
+    return {"peak_bytes": peak, "seconds": min(seconds)}
 
 
 def _numbers(found: Profile) -> dict[str, object]:
@@ -184,6 +246,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--optimizer", default="adam", help="adam or sgd")
     parser.add_argument("--budget", help="memory on the device, such as 8GB: what fits?")
     parser.add_argument("--real", action="store_true", help="run the plain step, don't simulate")
+    parser.add_argument(
+        "--measure", action="store_true", help="run every choice on this machine's GPU or CPU"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object, in bytes")
     parser.add_argument("--timeline", metavar="FILE.html", help="the plain step, as a picture")
     parser.add_argument("--snapshot", metavar="FILE.pickle", help="for PyTorch's memory viewer")
@@ -192,6 +257,9 @@ def main(arguments: list[str] | None = None) -> None:
         builder = load_builder(options.network)
         if options.batch is not None and options.batch < 1:
             raise ValueError(f"--batch is {options.batch}: it must be at least 1.")
+        if options.measure:
+            _print_measured(options)
+            return
         budget = parse_bytes(options.budget) if options.budget else None
         blocks = options.blocks.split(",") if options.blocks else None
         plain = profile(
@@ -222,6 +290,26 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(_as_json(options.network, plain, table)))
     else:
         _print(options.network, plain, table)
+
+
+def _print_measured(options: argparse.Namespace) -> None:
+    table = measure_choices(
+        load_builder(options.network),
+        rows=options.batch,
+        blocks=options.blocks.split(",") if options.blocks else None,
+        optimizer=options.optimizer,
+    )
+    if options.json:
+        print(table.to_json(orient="records"))
+        return
+    print(f"{options.network}, measured on {table.device[0]}\n")
+    print(f"{'':46}{'peak':>9}{'step':>10}{'a second':>10}")
+    for row in table.itertuples():
+        if row.note:
+            print(f"{row.choice:46}{'-':>9}  {row.note}")
+        else:
+            print(f"{row.choice:46}{format_bytes(row.peak_bytes):>9}", end="")
+            print(f"{row.seconds:>8.3f} s{row.per_second:>10,.1f}")
 
 
 def load_builder(place: str) -> Callable[..., object]:

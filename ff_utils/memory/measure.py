@@ -469,12 +469,6 @@ def finish(work: Callable[[], object], device: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print one arm's report as a table, or as one JSON object."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if any(argument.startswith("--network") for argument in arguments):
-        from ff_utils.memory import compare
-
-        compare.main(arguments)
-        return
     parser = argparse.ArgumentParser(prog="python -m ff_utils.memory", description=main.__doc__)
     parser.add_argument("--arm", default="backprop", help=", ".join(ARMS))
     parser.add_argument("--depth", type=int, default=7, help="hidden layers")

@@ -118,7 +118,8 @@ class TrainingStep:
 
     def __call__(self, inputs: object, labels: torch.Tensor | None = None) -> None:
         """One update from a batch."""
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=self.remedies.autocast)
+        device = next(self.network.parameters()).device.type
+        autocast = torch.autocast(device, torch.bfloat16, enabled=self.remedies.autocast)
         if self.head is not None:
             self.head.forward = self._keep_features
         try:
