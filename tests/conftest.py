@@ -48,6 +48,8 @@ def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """`make` in a clone, which reads the data that this checkout reads."""
     downloaded = [str(f) for f in utils.data_folders("mnist") if f.exists()]
     environment = os.environ | ({"FF_DATA_DIR": downloaded[0]} if downloaded else {})
+    for name in ("MAKEFLAGS", "MAKELEVEL"):  # of a make that runs these tests
+        environment.pop(name, None)
     command = ["make", "VENV=environment", *arguments]
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False

@@ -104,7 +104,9 @@ def test_readme_is_filled_in_with_the_unit_and_the_decimals_it_has(tmp_path, mon
     mark = "<!-- 05_memory_profiling: simulated[arm=backprop,depth=47].peak_bytes -->"
     short = "<!-- 05: slopes.backprop -->"
     text = f"{mark}1 MB, {mark}0.00 GB, {short}1,000.5 kB; <!-- 04: test_error -->9.9 % of 5"
-    filled = f"{mark}4,204 MB, {mark}4.20 GB, {short}88,024.0 kB; <!-- 04: test_error -->1.7 % of 5"
+    error = 100 * records.read("04_backprop_baseline", "default")["metrics"]["test_error"]
+    filled = f"{mark}4,204 MB, {mark}4.20 GB, {short}88,024.0 kB; "
+    filled += f"<!-- 04: test_error -->{error:.1f} % of 5"
     claims.README.write_text(text)
     claims.fill_readme()
     assert claims.README.read_text() == filled

@@ -423,7 +423,10 @@ def test_sweep_survives_lost_kernel_kill_and_interrupt(house):
     process = begin(house)
     (kernel, *_) = wait_for(lambda: kernels(house), "kernel")
     kernel.kill()
-    wait_for(lambda: list(place.glob("*.failed.json")), "failed point")
+    wait_for(
+        lambda: any("kernel died" in path.read_text() for path in place.glob("*.failed.json")),
+        "point whose kernel died",
+    )
     wait_for(lambda: kernels(house), "kernel")
     process.kill()
     process.communicate()
