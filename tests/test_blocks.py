@@ -284,3 +284,12 @@ def test_fit_trains_and_goes_on_to_the_same_bits(loss, tmp_path):
     assert again.error.tolist() == history.error.tolist()
     for name, value in network.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name])
+
+
+def test_goodness_takes_as_many_classes_as_the_network_has():
+    torch.manual_seed(0)
+    network = nn.Sequential(*(nn.Sequential(nn.Linear(60, 60), nn.ReLU()) for _ in range(2)))
+    network.append(nn.Linear(60, 40))
+    local = BlockLocal(network, loss="goodness")
+    losses = local.step(torch.rand(8, 60), torch.arange(32, 40))
+    assert all(torch.isfinite(loss) for loss in losses.values()) and local.classes == 40

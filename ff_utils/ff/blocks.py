@@ -241,8 +241,11 @@ class BlockLocal(nn.Module):
                 "blocks that run once."
             )
         self.blocks = names  # in the order in which they run
+        logits = getattr(output, "logits", output)
+        if self.classes is None and labels is not None and labels.dim() == 1:
+            self.classes = logits.shape[-1]
         if self.loss == "classifier":
-            self._make_classifiers(getattr(output, "logits", output), labels)
+            self._make_classifiers(logits, labels)
         self._ran = []
         for parameter in self.parameters():
             if parameter.requires_grad:
@@ -348,13 +351,13 @@ class BlockLocal(nn.Module):
             return tree_map(lambda t: torch.cat([t, t[:, torch.randperm(t.shape[1])]]), inputs)
         if labels is None or labels.dim() != 1 or x is not inputs:
             raise ValueError("goodness needs class labels of images (rows,), or token sequences.")
-        wrong = random_negatives(labels, self.classes or 10, self._generator)
+        wrong = random_negatives(labels, self.classes, self._generator)
         return torch.cat([self._labelled(x, labels), self._labelled(x, wrong)])
 
     def _labelled(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if self.label == "waves":
-            return add_waves(images, labels, self.classes or 10, self.shape or images.shape[1:])
-        return write_label(images, labels, self.classes or 10)
+            return add_waves(images, labels, self.classes, self.shape or images.shape[1:])
+        return write_label(images, labels, self.classes)
 
     _generator: torch.Generator = torch.default_generator
 
@@ -404,7 +407,7 @@ class BlockLocal(nn.Module):
         if self.loss == "classifier":
             return self(images)
         scores = []
-        for label in range(self.classes or 10):
+        for label in range(self.classes):
             self._mode, self._ran = "score", []
             labels = torch.full((len(images),), label, device=images.device)
             try:
