@@ -106,7 +106,7 @@ def measure_choices(
             table[-1] |= _measured(partial(step, *batch), module, device, repeats)
             samples = next(len(leaf) for leaf in tree_leaves(batch) if torch.is_tensor(leaf))
             table[-1]["per_second"] = samples / table[-1]["seconds"]
-        except (RuntimeError, MemoryError, ValueError) as error:
+        except (RuntimeError, MemoryError, ValueError, IndexError) as error:
             table[-1]["note"] = (str(error).splitlines() or [type(error).__name__])[0]
         finally:
             module = batch = loss = step = None

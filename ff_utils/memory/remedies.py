@@ -100,6 +100,7 @@ class TrainingStep:
         if remedies.local:
             self.local = BlockLocal(
                 network,
+                self.head.out_features if self.head else None,
                 loss=remedies.local,
                 blocks=blocks,
                 optimizer=optimizer,
