@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 from ff_utils.config import TrainConfig
 from ff_utils.data import Dataset
+from ff_utils.ff.blocks import TORCH_OPTIMIZERS
 from ff_utils.ff.negatives import drop_pixels
 from ff_utils.ff.network import classification_error
 from ff_utils.utils import HOST, allocation_category, check_choice, check_ints, check_number
 
-TORCH_OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 AUTOGRAD = {"use_reentrant": False, "preserve_rng_state": False}
 
 
