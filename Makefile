@@ -11,8 +11,10 @@ PY        := $(VENV)/bin/python
 READY     := $(VENV)/ready
 OUT       := build/$(PROFILE)
 RECORDS   := data/results/$(PROFILE)
-NAMES     := $(basename $(notdir $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))))
-NUMBERS   := $(foreach name,$(NAMES),$(firstword $(subst _, ,$(name))))
+NAMES     := $(basename $(notdir $(sort $(wildcard notebooks/*.ipynb))))
+# A notebook is made by its number, or by its name where it has none.
+target     = $(or $(filter 0% 1%,$(firstword $(subst _, ,$(1)))),$(1))
+TARGETS   := $(foreach name,$(NAMES),$(call target,$(name)))
 # Every file of the module, at any depth, but for those that only sweeps use.
 SOURCES   := $(filter-out ff_utils/run/sweep.py,$(sort $(shell find ff_utils -name '*.py')))
 PROFILES  := $(basename $(notdir $(wildcard notebooks/profiles/*.yaml)))
@@ -33,20 +35,20 @@ endif
 .SUFFIXES:
 # Time and memory are measured with nothing else running.
 .NOTPARALLEL:
-.PHONY: help reproduce data train sweep publish gpu-reference test verify lint lab clean $(NUMBERS)
+.PHONY: help reproduce data train sweep publish gpu-reference test verify lint lab clean $(TARGETS)
 .DEFAULT_GOAL := help
 
 help:  ## print this help
 	@echo "make TARGET [PROFILE=smoke|default|paper|gpu]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' Makefile
-	@echo "  01 ... 11     execute one notebook, and those whose records it reads"
+	@echo "  01 ... 10     execute one notebook, and those whose records it reads"
 
 reproduce: data $(NAMES:%=$(OUT)/%.html)  ## environment, data, every notebook and figure
 
 data: build/data  ## fetch and check MNIST, or say what stands in for it
 
 train: $(READY)  ## train one form at full length: FORM=supervised SEED=0 EPOCHS=50
-	@$(PY) -m ff_utils run notebooks/11_full_length.ipynb --set form='$(FORM)' --set seed='$(SEED)' \
+	@$(PY) -m ff_utils run notebooks/full_length.ipynb --set form='$(FORM)' --set seed='$(SEED)' \
 	  --set epochs='$(EPOCHS)' --output build/full_length/'$(FORM)-$(SEED)'.ipynb
 
 sweep: $(READY)  ## run notebooks/sweeps/SWEEP.yaml, JOBS points at a time
@@ -108,17 +110,17 @@ $(OUT)/%.html: $(OUT)/%.ipynb $(RECORDS)/%.json
 
 .PRECIOUS: $(OUT)/%.ipynb $(RECORDS)/%.json
 
-# `make 05` is build/PROFILE/05_....html
-define numbered
-$(firstword $(subst _, ,$(1))): $(OUT)/$(1).html
+# `make 04` is build/PROFILE/04_....html
+define by_target
+$(call target,$(1)): $(OUT)/$(1).html
 endef
-$(foreach name,$(NAMES),$(eval $(call numbered,$(name))))
+$(foreach name,$(NAMES),$(eval $(call by_target,$(name))))
 
 # Notebooks that read tables, or the records of others.
 records_of = $(foreach name,$(1),$(OUT)/$(name).ipynb $(RECORDS)/$(name).json)
 $(OUT)/08_sweeps.ipynb: ff_utils/run/sweep.py $(wildcard data/results/sweeps/*.parquet)
-$(OUT)/04_backprop_baseline.ipynb: $(call records_of,02_ff_training)
-$(OUT)/06_figures.ipynb: data/claims.yaml $(call records_of,02_ff_training 03_ff_language_model \
-  04_backprop_baseline 05_memory_profiling 07_every_form 10_past_one_machine)
-$(OUT)/07_every_form.ipynb $(OUT)/11_full_length.ipynb: notebooks/forms.yaml \
+$(OUT)/03_backprop_baseline.ipynb: $(call records_of,02_ff_training)
+$(OUT)/10_figures.ipynb: data/claims.yaml $(call records_of,02_ff_training 07_ff_language_model \
+  03_backprop_baseline 04_memory_profiling 06_every_form 09_past_one_machine)
+$(OUT)/06_every_form.ipynb $(OUT)/full_length.ipynb: notebooks/forms.yaml \
   $(wildcard data/results/full_length/*.json)

@@ -46,7 +46,7 @@ def test_verdict_that_changes_is_an_error(default, simulated, monkeypatch):
 
 def test_record_that_is_stale_is_an_error(simulated):
     simulated["seed_growth"] *= 2
-    stale = "error: 05_memory_profiling's record says seed_growth is .* run `make publish`"
+    stale = "error: 04_memory_profiling's record says seed_growth is .* run `make publish`"
     with pytest.raises(SystemExit, match=stale):
         claims.main()
 
@@ -101,14 +101,14 @@ def test_readme_has_the_numbers_of_the_records():
 
 def test_readme_is_filled_in_with_the_unit_and_the_decimals_it_has(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "README", tmp_path / "README.md")
-    mark = "<!-- 05_memory_profiling: simulated[arm=backprop,depth=47].peak_bytes -->"
-    short = "<!-- 05: slopes.backprop -->"
-    text = f"{mark}1 MB, {mark}0.00 GB, {short}1,000.5 kB; <!-- 04: test_error -->9.9 % of 5"
-    error = 100 * records.read("04_backprop_baseline", "default")["metrics"]["test_error"]
+    mark = "<!-- 04_memory_profiling: simulated[arm=backprop,depth=47].peak_bytes -->"
+    short = "<!-- 04: slopes.backprop -->"
+    text = f"{mark}1 MB, {mark}0.00 GB, {short}1,000.5 kB; <!-- 03: test_error -->9.9 % of 5"
+    error = 100 * records.read("03_backprop_baseline", "default")["metrics"]["test_error"]
     filled = f"{mark}4,204 MB, {mark}4.20 GB, {short}88,024.0 kB; "
-    filled += f"<!-- 04: test_error -->{error:.1f} % of 5"
+    filled += f"<!-- 03: test_error -->{error:.1f} % of 5"
     claims.README.write_text(text)
     claims.fill_readme()
     assert claims.README.read_text() == filled
     with pytest.raises(ValueError, match=r"05: slopes\.none is in no record"):
-        claims.with_numbers("<!-- 05: slopes.none -->1 MB")
+        claims.with_numbers("<!-- 04: slopes.none -->1 MB")

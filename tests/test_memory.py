@@ -362,7 +362,7 @@ def test_gpu_steps_stand_beside_simulated_ones_and_answer_the_ledger(simulated):
 
 def test_gpu_that_has_not_measured_gives_a_sentence_and_empty_tables(simulated):
     beside = memory.compared(simulated, pd.DataFrame())
-    assert beside.empty and "`make 05 PROFILE=gpu`" in memory.about(beside)
+    assert beside.empty and "`make 04 PROFILE=gpu`" in memory.about(beside)
     assert memory.gpu_metrics(simulated, pd.DataFrame()) == {}
 
 

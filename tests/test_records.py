@@ -64,8 +64,8 @@ def test_record_that_is_not_whole_is_refused_with_the_remedy(folder, change):
 
 
 def test_what_is_missing_is_refused(folder):
-    with pytest.raises(ValueError, match=r"is missing: run `make 05 PROFILE=smoke`"):
-        records.read("05_memory_profiling", "smoke")
+    with pytest.raises(ValueError, match=r"is missing: run `make 04 PROFILE=smoke`"):
+        records.read("04_memory_profiling", "smoke")
     with pytest.raises(ValueError, match=r"notebook is '01_algorithm'"):
         records.start("01_algorithm", {})
 

@@ -279,7 +279,7 @@ _TABLE = (
         "ff_language",
         "FF language model",
         "#f2a35e",
-        "FF as notebook 3 trains it: hard negatives on text, the next character as the label.",
+        "FF as notebook 7 trains it: hard negatives on text, the next character as the label.",
         "ff",
         negatives="hard",
         text=True,

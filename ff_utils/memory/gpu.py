@@ -182,7 +182,7 @@ def about(found: pd.DataFrame) -> str:
     """One sentence that reads what `compared` found."""
     if found.empty:
         return (
-            "No GPU has measured this yet: `make 05 PROFILE=gpu`, on a machine with one, does so."
+            "No GPU has measured this yet: `make 04 PROFILE=gpu`, on a machine with one, does so."
         )
     rounding = (found.rounding / found.tensors).max()
     return (

@@ -18,7 +18,7 @@ from ff_utils.report import records
 
 LEDGER = utils.DATA / "claims.yaml"
 README = utils.ROOT / "README.md"
-MEMORY = "05_memory_profiling"
+MEMORY = "04_memory_profiling"
 VERDICTS = ("holds", "fails", "open")
 RELATIONS = {
     "about": lambda value, claim: abs(value - claim.claimed) <= claim.tolerance * claim.claimed,
@@ -30,7 +30,7 @@ UNITS = {
     "MB": lambda value: f"{value / 1e6:,.0f} MB",
     "times": lambda value: f"{value:.3g}x",
 }
-# In README a mark names the source of a number: <!-- 05: slopes.backprop -->88 MB
+# In README a mark names the source of a number: <!-- 04: slopes.backprop -->88 MB
 NUMBER = re.compile(
     r"<!-- (?P<metric>[\w/]+: [^>]+) -->(?P<number>-?[\d,.]*\d)(?P<unit> ?%| [kMG]B|)"
 )

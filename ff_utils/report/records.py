@@ -96,7 +96,8 @@ def read(notebook: str, profile: str) -> dict:
     if profile == INTERACTIVE and not record_path(notebook, profile).exists():
         profile = "default"
     path = record_path(notebook, profile)
-    remedy = f"run `make {notebook[:2]} PROFILE={profile}`"
+    target = notebook[:2] if notebook[:2].isdigit() else notebook
+    remedy = f"run `make {target} PROFILE={profile}`"
     if not path.exists():
         raise ValueError(f"{utils.relative(path)} is missing: {remedy}.")
     try:

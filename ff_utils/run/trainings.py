@@ -1,6 +1,6 @@
 """Full-length trainings: one resumable run, one record and one network for each form and seed.
 
-The forms and their settings are in `notebooks/forms.yaml`. Notebook 11 runs one of them.
+The forms and their settings are in `notebooks/forms.yaml`. `notebooks/full_length.ipynb` runs one of them.
 """
 
 import json
