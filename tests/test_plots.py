@@ -5,7 +5,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from ff_utils.memory.arms import ARMS
-from ff_utils.report import plots
+from ff_utils.report import live, plots
 
 
 @pytest.fixture(autouse=True)
@@ -141,3 +141,23 @@ def test_figure_is_saved_with_its_description(show, tmp_path, monkeypatch):
     assert "what it shows" in (tmp_path / "figures" / "name.svg").read_text()
     assert b"what it shows" in (tmp_path / "figures" / "name.png").read_bytes()
     assert shown[0].alt == "what it shows"
+
+
+def test_live_figure_follows_its_sliders_and_is_nothing_under_make(monkeypatch):
+    drawn, shown = [], []
+    monkeypatch.setattr(live, "display", shown.append)
+
+    def draw(depth=7, arm="backprop"):
+        drawn.append((depth, arm))
+        return plt.figure()
+
+    monkeypatch.setenv("FF_PROGRESS", "plain")
+    live.live(draw, depth=[2, 7, 47], arm=["backprop", "ff_resident"])
+    assert not drawn and not shown
+    monkeypatch.delenv("FF_PROGRESS")
+    live.live(draw, depth=[2, 7, 47], arm=["backprop", "ff_resident"])
+    depth, arm = shown[-1].children[:2]
+    assert (depth.value, arm.value) == (7, "backprop")
+    depth.value = 47
+    assert drawn == [(7, "backprop"), (47, "backprop")]
+    assert not plt.get_fignums()
