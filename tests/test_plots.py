@@ -58,17 +58,38 @@ def test_lines_are_the_mean_of_their_rows_in_the_unit_asked_for():
     assert list(axis.get_xticks()) == [2, 4]
 
 
-@pytest.mark.parametrize("log", ["", "y"])
-def test_labels_of_lines_that_end_together_do_not_overlap(log):
+@pytest.mark.parametrize("log", ["", "y", "xy"])
+def test_names_of_lines_are_inside_the_axes_and_apart(log):
     series = {
         f"line {k}": pd.DataFrame({"epoch": [1, 9], "error": [3, 1 + k / 1000]}) for k in range(6)
     }
-    series["short"] = pd.DataFrame({"epoch": [1, 5], "error": [3, 2]})
+    series["short"] = pd.DataFrame({"epoch": [1, 5], "error": [3, 1]})
     figure = plots.lines(series, "epoch", "error", log=log)
     figure.canvas.draw()
-    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
+    (axis,) = figure.axes
+    named = [text for text in axis.texts if text.get_text()]
+    boxes = [text.get_window_extent() for text in named]
     assert len(boxes) == 7
     assert not any(box.count_overlaps(boxes[:k]) for k, box in enumerate(boxes))
+    frame = axis.get_window_extent()
+    assert all(frame.x0 < box.x0 and box.x1 < frame.x1 for box in boxes)
+    assert all(frame.y0 < box.y0 and box.y1 < frame.y1 for box in boxes)
+    ends = [series[text.get_text()].error.iloc[-1] for text in named]
+    heights = [box.y0 for box in boxes]
+    assert np.argsort(heights, kind="stable").tolist() == np.argsort(ends, kind="stable").tolist()
+
+
+def test_names_of_points_cover_no_point_and_no_name():
+    x = np.linspace(1, 2, 8)
+    table = pd.DataFrame({"name": [f"a long name, {k}" for k in range(8)], "x": x, "y": 3 - x})
+    figure = plots.scatter(table, "x", "y", "name")
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    boxes = [text.get_window_extent() for text in axis.texts if text.get_text()]
+    assert len(boxes) == 8
+    assert not any(box.count_overlaps(boxes[:k]) for k, box in enumerate(boxes))
+    points = axis.transData.transform(table[["x", "y"]])
+    assert not any(box.contains(*point) for box in boxes for point in points)
 
 
 def test_scatter_fills_the_points_on_the_front():
@@ -84,7 +105,8 @@ def test_heat_map_shows_every_number_and_nothing_for_none():
     axis = plots.heat_map(cells, label="%", form=".1f", centre=0).axes[0]
     assert words(axis) == ["1.5", "30.0", "-2.0"]
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["100", "5,000"]
-    assert axis.collections[0].get_clim() == (-30, 30)
+    assert axis.collections[0].get_clim() == (-2, 30)
+    assert axis.collections[0].norm(0) == pytest.approx(2 / 32)
     high = plots.heat_map(cells, label="%", high=5).axes[0]
     assert high.collections[0].get_clim()[1] == 5
 
@@ -128,16 +150,12 @@ def test_ranks_show_measured_above_computed():
     assert figure.axes[1].get_xlim()[1] >= 3
 
 
-def test_agreement_has_a_panel_for_each_instrument():
-    rows = {"arm": "backprop", "instrument": ["tracked", "rss"], "a": [1e7, 1e8], "b": [1e7, 2e8]}
-    figure = plots.agreement(pd.DataFrame(rows), "a", "b", title="t", xlabel="simulated")
-    assert titles(figure) == ["tracked", "rss"]
-
-
 def test_figure_is_saved_with_its_description(show, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(plots, "display", shown.append)
-    show(plots.bars({"a": 1.0}, "t", "x", ["red"]), "name", "what it shows")
+    figure = plots.bars({"a": 1.0}, 12 * "a title ", "x", ["red"])
+    show(figure, "name", "what it shows")
+    assert max(map(len, titles(figure)[0].splitlines())) <= 60
     assert "what it shows" in (tmp_path / "figures" / "name.svg").read_text()
     assert b"what it shows" in (tmp_path / "figures" / "name.png").read_bytes()
     assert shown[0].alt == "what it shows"

@@ -1,8 +1,9 @@
 """Figures in one style: backprop blue, Forward-Forward orange, direct labels, MB and GB of 10^6."""
 
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,7 +15,9 @@ from IPython.display import Image, display
 from matplotlib import cycler, ticker
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.text import OffsetFrom, Text
 from matplotlib.transforms import Bbox
+from sklearn.isotonic import isotonic_regression
 
 from ff_utils.memory.arms import ARMS
 
@@ -33,8 +36,9 @@ CATEGORIES = {  # of tensors: name and colour
     "inputs": ("inputs, cached data", GREY),
 }
 DPI = 140
-# Offsets in points that `label` tries, the nearest first.
-DOWN = [(9, -3 * step) for step in range(60)]
+WIDTH = 7.2  # inches of a figure with one panel
+SMALL, NORMAL, LARGE = 10, 11, 13  # points: legible when a figure is shown at half its size
+# Offsets in points that `label_points` tries, the nearest first.
 AROUND = [(9, 0), (0, 11), (0, -11), (-9, 0)]
 AROUND += [(dx, dy * sign) for dy in range(11, 100, 6) for dx in (9, -9) for sign in (1, -1)]
 
@@ -42,14 +46,14 @@ AROUND += [(dx, dy * sign) for dy in range(11, 100, 6) for dx in (9, -9) for sig
 def start(folder: Path) -> Callable[[Figure, str, str], None]:
     """Set the style of all figures; returns `show(figure, name, alt)`, which saves to `folder`."""
     sns.set_theme(style="ticks", font="DejaVu Sans")
-    plt.rc("axes", titlelocation="left", titlesize=12, titleweight="bold", labelsize=11, grid=True)
-    plt.rc("axes", prop_cycle=cycler(color=SERIES))
+    plt.rc("axes", titlelocation="left", titlesize=LARGE, titleweight="bold", labelsize=NORMAL)
+    plt.rc("axes", prop_cycle=cycler(color=SERIES), grid=True)
     plt.rc("axes.spines", right=False, top=False)
     plt.rc("axes.grid", axis="y")
     plt.rc("grid", color="#e6e6e6")
-    plt.rc(("xtick", "ytick"), labelsize=10)
-    plt.rc("legend", frameon=False, fontsize=9)
-    plt.rc("figure", dpi=DPI)
+    plt.rc(("xtick", "ytick"), labelsize=SMALL)
+    plt.rc("legend", frameon=False, fontsize=SMALL)
+    plt.rc("figure", dpi=DPI, titlesize=LARGE, titleweight="bold")
     plt.rc("figure.constrained_layout", use=True)
     plt.rc("savefig", bbox="tight", pad_inches=0.08)
     plt.rc("svg", hashsalt="ff_utils", fonttype="none")
@@ -58,6 +62,9 @@ def start(folder: Path) -> Callable[[Figure, str, str], None]:
 
 def _show(folder: Path, figure: Figure, name: str, alt: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    for text in figure.findobj(Text):
+        if text.get_fontsize() == LARGE:  # a title, which states what was found
+            text.set_text(textwrap.fill(text.get_text(), round(8.2 * figure.get_figwidth())))
     for kind, left_out in (("svg", "Date"), ("png", "Software")):  # they differ between machines
         path = folder / f"{name}.{kind}"
         figure.savefig(path, metadata={left_out: None, "Description": alt})
@@ -78,50 +85,93 @@ def panels(
     *,
     title: str,
     columns: int = 4,
-    size: tuple[float, float] = (2.9, 2.6),
+    size: tuple[float, float] = (2.9, 2.8),
     note: str = "",
     **kind: object,
 ) -> tuple[Figure, list[plt.Axes]]:
     """Axes side by side, one for each of `titles`; size: inches of each; kind: of `subplots`."""
     columns = min(columns, len(titles))
     rows = -(-len(titles) // columns)
-    inches = (max(size[0] * columns, 8), size[1] * rows)
+    inches = (max(size[0] * columns, WIDTH), size[1] * rows)
     figure, axes = plt.subplots(rows, columns, figsize=inches, squeeze=False, **kind)
     for axis, name in zip(axes.flat, titles, strict=False):
-        axis.set_title(name, fontsize=10, weight="normal")
+        axis.set_title(name, fontsize=NORMAL, weight="normal")
     for axis in axes.flat[len(titles) :]:
         axis.remove()
-    figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
+    figure.suptitle(title, x=0.01, ha="left")
     write_note(figure, note)
     return figure, list(axes.flat[: len(titles)])
 
 
-def label(
-    axis: plt.Axes, places: Sequence[tuple[float, float, str, str]], curves: Sequence = ()
-) -> None:
-    """Write each of `places` (x, y, name, colour) beside its point, in its colour.
+Place = tuple[float, float, str, str]
 
-    No label covers a point or another label, as far as there is room. With `curves`, points (x, y)
-    of lines, the labels at the right end of these go down until they are free.
+
+def label_ends(axis: plt.Axes, ends: Sequence[Place]) -> None:
+    """Name lines at their ends (x, y, name, colour), in a column to the right of all of them.
+
+    Names that would overlap are moved apart, as little as is possible, and a thin line leads to
+    each that has moved; the axis grows to the right until the column is inside.
     """
+    ends = sorted(ends, key=lambda end: end[1])
+    right = max(x for x, *_ in ends)
+    kind = {"textcoords": "offset points", "va": "center", "weight": "bold", "fontsize": NORMAL}
+    texts = [
+        axis.annotate(name, (right, y), (9, 0), color=colour, in_layout=False, **kind)
+        for _, y, name, colour in ends
+    ]
     axis.figure.canvas.draw()
-    axis.figure.set_layout_engine("none")  # from here on, labels must not move the axes
-    points = axis.transData.transform([*[place[:2] for place in places], *curves])
-    boxes = [Bbox.from_bounds(px - 5, py - 5, 10, 10) for px, py in points]
-    right = max(x for x, *_ in places)
-    kind = {"textcoords": "offset points", "fontsize": 9.5, "weight": "bold", "va": "center"}
+    boxes = [text.get_window_extent() for text in texts]
+    points = axis.figure.dpi / 72
+    frame = axis.get_window_extent()
+    room = max(box.width for box in boxes) + 14 * points
+    scale = axis.xaxis.get_transform()
+    axis.set_xticks([tick for tick in axis.get_xticks() if axis.get_xlim()[0] <= tick <= right])
+    left, last = scale.transform([axis.get_xlim()[0], right])
+    limit = left + (last - left) * frame.width / max(frame.width - room, frame.width / 3)
+    axis.set_xlim(right=float(scale.inverted().transform([limit])[0]))
+
+    height = 1.08 * max(box.height for box in boxes)
+    below = height * np.arange(len(ends))
+    wanted = np.array([(box.y0 + box.y1) / 2 for box in boxes])
+    least = frame.y0 + height / 2
+    most = max(least, frame.y1 - height / 2 - below[-1])
+    found = below + isotonic_regression(wanted - below, y_min=least, y_max=most)
+    for (x, y, _, colour), text, moved in zip(ends, texts, (found - wanted) / points, strict=True):
+        text.set_position((9, moved))
+        if abs(moved) > 4 or x < right:
+            leader = {"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkA": 0, "shrinkB": 3}
+            where = {"textcoords": OffsetFrom(text, (0, 0.5)), "arrowprops": leader}
+            axis.annotate("", (x, y), (-2, 0), in_layout=False, **where)
+
+
+def label_points(axis: plt.Axes, places: Sequence[Place], line: np.ndarray) -> None:
+    """Name points (x, y, name, colour) beside them, where there is no name or point yet, nor the
+    `line` through points (N, 2)."""
+    axis.figure.canvas.draw()
+    frame = axis.get_window_extent()
+    near = axis.figure.dpi / 15
+    taken = [
+        Bbox.from_bounds(x - near, y - near, 2 * near, 2 * near)
+        for x, y in axis.transData.transform([place[:2] for place in places])
+    ]
+    steps = np.linspace(0, 1, 30)[:, None]
+    for start, end in pairwise(axis.transData.transform(line)):
+        taken += [Bbox.from_extents(x, y, x, y) for x, y in start + (end - start) * steps]
+    kind = {"textcoords": "offset points", "weight": "bold", "va": "center", "fontsize": SMALL}
     for x, y, name, colour in sorted(places, key=lambda place: -place[1]):
-        text = axis.annotate(name, (x, y), (0, 0), color=colour, **kind)
-        for dx, dy in DOWN if len(curves) and x >= right else AROUND:
+        text = axis.annotate(name, (x, y), (0, 0), color=colour, in_layout=False, **kind)
+        for dx, dy in AROUND:
             text.set_position((dx, dy))
             text.set_horizontalalignment(("right", "center", "left")[np.sign(dx) + 1])
             box = text.get_window_extent()
-            if not box.count_overlaps(boxes):
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1
+            if inside and not box.count_overlaps(taken):
                 break
-        boxes.append(box)
+        taken.append(box)
         if abs(dy) > 14:
-            leader = {"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkB": 4}
-            axis.annotate("", (x, y), (dx, dy), textcoords="offset points", arrowprops=leader)
+            leader = {"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkB": 4}
+            where = {"textcoords": "offset points", "arrowprops": leader, "in_layout": False}
+            axis.annotate("", (x, y), (dx, dy), **where)
 
 
 def lines(
@@ -142,8 +192,7 @@ def lines(
 
     The line is the mean of the rows at an `x` (seeds, say), its band reaches from the least to the
     most. table: one table, or a table for each line by name. log: the logarithmic axes, as in "xy".
-    circles: measured points, with the same columns. axis: draw there, with a legend.
-    texts: title, xlabel, ylabel.
+    circles: measured points, with the same columns. axis: draw there. texts: title, xlabel, ylabel.
     """
     if isinstance(table, dict):
         table = pd.concat(table, names=[by]).reset_index(by)
@@ -151,10 +200,9 @@ def lines(
     style = names_and_colours(table[by].unique(), colours)
     palette = {name: colour for name, (_, colour) in style.items()}
     # The first line is the widest, so that one of equal values is seen below the next.
-    widths = dict(zip(style, np.linspace(3, 1.8, len(style)), strict=True))
-    alone = axis is None
-    axis = axis or plt.subplots(figsize=(6.6, 4.4))[1]
-    kind = {"errorbar": ("pi", 100), "marker": "o", "ms": 4, "mew": 0, "legend": False}
+    widths = dict(zip(style, np.linspace(3.4, 2, len(style)), strict=True))
+    axis = axis or plt.subplots(figsize=(WIDTH, 4.4))[1]
+    kind = {"errorbar": ("pi", 100), "marker": "o", "ms": 4.5, "mew": 0, "legend": False}
     sns.lineplot(table, x=x, y=y, hue=by, palette=palette, size=by, sizes=widths, ax=axis, **kind)
     if circles is not None:
         shown = circles[circles[by].isin(palette)]
@@ -162,18 +210,12 @@ def lines(
         axis.scatter(shown[x], shown[y] * scale, 55, "none", edgecolors=edges, lw=1.6, zorder=3)
     if "y" not in log and table[y].min() >= 0:
         axis.set_ylim(bottom=0)
-    _log_ticks(axis, log)
+    _write_ticks(axis, log)
     _ticks_at(axis, table[x].unique(), "x" in log)
     axis.set(**texts)
-    if alone:
-        mean = table.groupby([by, x], sort=False)[y].mean().reset_index()
-        last = mean.sort_values(x).groupby(by, sort=False).tail(1)
-        ends = [(row[x], row[y], *style[row[by]]) for _, row in last.iterrows()]
-        label(axis, ends, mean[[x, y]].to_numpy())
-    else:
-        for name, colour in style.values():
-            axis.plot([], [], color=colour, lw=2.4, label=name)
-        axis.legend(loc="upper left")
+    mean = table.groupby([by, x], sort=False)[y].mean().reset_index()
+    last = mean.sort_values(x).groupby(by, sort=False).tail(1)
+    label_ends(axis, [(row[x], row[y], *style[row[by]]) for _, row in last.iterrows()])
     write_note(axis.figure, note)
     return axis.figure
 
@@ -196,22 +238,23 @@ def scatter(
     table = table.dropna(subset=[x, y]).assign(**{y: lambda rows: rows[y] * scale})
     style = names_and_colours(table[by].unique())
     front = pareto_front(table, x, y)
-    figure, axis = plt.subplots(figsize=(6.6, 4.8))
+    figure, axis = plt.subplots(figsize=(WIDTH, 4.8))
     axis.plot(front[x], front[y], color=GREY, lw=1.2, ls="--", zorder=1)
     edges = table[by].map(lambda name: style[name][1])
     inside = edges.where(table.index.isin(front.index), "white")
-    axis.scatter(table[x], table[y], 60, inside, edgecolors=edges, lw=1.7, zorder=3)
-    _log_ticks(axis, log)
+    axis.scatter(table[x], table[y], 70, inside, edgecolors=edges, lw=1.8, zorder=3)
+    _write_ticks(axis, log)
     if "x" not in log:
         axis.set_xlim(0, 1.15 * table[x].max())
     if "y" not in log:
         axis.set_ylim(0, 1.15 * table[y].max())
     axis.set(**texts)
     if table[by].is_unique:
-        label(axis, [(row[x], row[y], *style[row[by]]) for _, row in table.iterrows()])
+        places = [(row[x], row[y], *style[row[by]]) for _, row in table.iterrows()]
+        label_points(axis, places, front[[x, y]].to_numpy(float))
     else:
         for name, colour in style.values():
-            axis.scatter([], [], 60, colour, label=name)
+            axis.scatter([], [], 70, colour, label=name)
         axis.legend()
     write_note(figure, f"{note}; filled: no other is lower in both".removeprefix("; "))
     return figure
@@ -234,15 +277,15 @@ def bars(
     spreads: dict[str, float] | None = None,
 ) -> Figure:
     """Horizontal bars with their numbers; spreads: standard deviations."""
-    figure, axis = plt.subplots(figsize=(7.2, 0.6 + 0.45 * len(values)))
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.8 + 0.5 * len(values)))
     spreads = spreads or dict.fromkeys(values, 0)
     errors = [spreads[name] for name in values]
     drawn = axis.barh(list(values), list(values.values()), 0.62, xerr=errors, color=colours)
     texts = [f"{values[n]:.2f}" + (f" ± {spreads[n]:.2f}" if spreads[n] else "") for n in values]
-    axis.bar_label(drawn, texts, padding=5, fontsize=10)
+    axis.bar_label(drawn, texts, padding=5, fontsize=NORMAL)
     axis.invert_yaxis()
     axis.grid(False)
-    axis.set(xlabel=xlabel, title=title, xlim=(0, 1.22 * max(values.values())))
+    axis.set(xlabel=xlabel, title=title, xlim=(0, 1.25 * max(values.values())))
     return figure
 
 
@@ -251,15 +294,18 @@ def breakdown(table: pd.DataFrame, *, title: str, note: str = "") -> Figure:
     sizes = table[list(CATEGORIES)].astype(float) / MB
     sizes.index = [ARMS[arm].title for arm in table.arm]
     sizes.columns, colours = zip(*CATEGORIES.values(), strict=True)
-    figure, axis = plt.subplots(figsize=(8, 0.9 + 0.5 * len(table)))
+    figure, axis = plt.subplots(figsize=(WIDTH, 1.3 + 0.55 * len(table)))
     sizes.plot.barh(stacked=True, color=colours, width=0.65, lw=0, legend=False, ax=axis)
     totals = [f"{total:,.0f}" for total in sizes.sum(axis=1)]
-    axis.bar_label(axis.containers[-1], totals, padding=4, fontsize=9)
-    axis.margins(x=0.1)
+    axis.bar_label(axis.containers[-1], totals, padding=4, fontsize=NORMAL)
+    axis.margins(x=0.12)
+    axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: _in_words(value)))
     axis.invert_yaxis()
     axis.grid(False)
-    axis.set(xlabel="MB at the peak", ylabel="", title=title)
-    figure.legend(ncols=6, fontsize=8.5, loc="outside upper left", columnspacing=1, handlelength=1)
+    axis.set(xlabel="MB at the peak", ylabel="")
+    figure.suptitle(title, x=0.01, ha="left")
+    handles = axis.get_legend_handles_labels()
+    axis.legend(*handles, ncols=3, loc="lower left", bbox_to_anchor=(-0.3, 1), columnspacing=1)
     write_note(figure, note)
     return figure
 
@@ -269,7 +315,8 @@ def timelines(
 ) -> Figure:
     """Live bytes after each operation of a training step, by category; one panel for each arm."""
     titles = [ARMS[arm].title for arm in steps]
-    figure, axes = panels(titles, title=title, size=(3.6, 3.8), note=note, sharey=True)
+    kind = {"columns": 2, "size": (4.2, 3), "sharey": True}
+    figure, axes = panels(titles, title=title, note=note, **kind)
     names, colours = zip(*CATEGORIES.values(), strict=True)
     for axis, operations in zip(axes, steps.values(), strict=True):
         sizes = pd.DataFrame([live for _, live in operations])[list(CATEGORIES)] / MB
@@ -279,25 +326,12 @@ def timelines(
         peak = int(total.argmax())
         side = ("left", "center", "center", "right")[4 * peak // len(total)]
         place = {"xytext": (0, 7), "textcoords": "offset points", "ha": side, "weight": "bold"}
-        axis.annotate(f"peak {total[peak]:,.0f} MB", (peak + 1, total[peak]), fontsize=9.5, **place)
+        axis.annotate(f"peak {total[peak]:,.0f} MB", (peak + 1, total[peak]), **place)
         axis.set(xlabel=f"operation, of {len(total):,}", xlim=(1, len(total)))
-        axis.margins(y=0.12)
-    axes[0].set_ylabel("live memory (MB)")
-    axes[-1].legend(loc="upper right", reverse=True)
-    return figure
-
-
-def agreement(table: pd.DataFrame, x: str, y: str, *, title: str, xlabel: str) -> Figure:
-    """Every measured peak `y` (bytes) against another one, `x`; a panel for each instrument."""
-    instruments = dict(list(table.groupby("instrument", sort=False)))
-    figure, axes = panels(list(instruments), title=title, size=(4.4, 4.2))
-    for axis, rows in zip(axes, instruments.values(), strict=True):
-        colours = [ARMS[arm].colour for arm in rows.arm]
-        axis.scatter(rows[x] / MB, rows[y] / MB, 42, colours, alpha=0.8)
-        low = rows[y].min() / MB
-        axis.axline((low, low), (2 * low, 2 * low), color=GREY, lw=1, ls="--", zorder=0)
-        _log_ticks(axis, "xy")
-        axis.set(xlabel=f"{xlabel} (MB)", ylabel="measured (MB)")
+        axis.margins(y=0.14)
+    for axis in axes[::2]:
+        axis.set_ylabel("live memory (MB)")
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=6, loc="outside lower center")
     return figure
 
 
@@ -309,30 +343,32 @@ def heat_map(
     centre: float | None = None,
     high: float | None = None,
     note: str = "",
+    axis: plt.Axes | None = None,
     **texts: str,
 ) -> Figure:
     """A number in each cell of two parameters, as `DataFrame.pivot_table` gives them.
 
     A cell without a number is empty. label: what the numbers are. centre: the value that is neither
-    good nor bad. high: the end of the colours, which larger numbers share. texts: as of `lines`.
+    good nor bad. high: the end of the colours, which larger numbers share. axis: draw there,
+    without a colour bar. texts: as of `lines`.
     """
-    cells = cells.astype(float)
-    size = (max(5.4, 0.85 * len(cells.columns) + 2.4), max(3, 0.45 * len(cells) + 1.8))
-    figure, axis = plt.subplots(figsize=size)
-    kind = {"cmap": "cividis_r", "vmax": high, "annot_kws": {"fontsize": 9}}
-    if centre is not None:
-        reach = float((cells - centre).abs().max(axis=None)) or 1
-        kind |= {"cmap": "PuOr_r", "vmin": centre - reach, "vmax": centre + reach}
-    kind["cbar_kws"] = {"label": label, "extend": "max" if high else "neither"}
-    cells = cells.rename(index=_in_words, columns=_in_words)
-    sns.heatmap(cells, annot=True, fmt=form, linewidths=0.5, ax=axis, **kind)
+    cells = cells.astype(float).rename(index=_in_words, columns=_in_words)
+    kind = {"cmap": "cividis_r" if centre is None else "PuOr_r", "center": centre, "vmax": high}
+    kind |= {"annot": True, "fmt": form, "annot_kws": {"fontsize": SMALL}, "linewidths": 0.5}
+    if axis is None:
+        size = (max(WIDTH, 0.9 * len(cells.columns) + 2.4), max(3, 0.5 * len(cells) + 1.8))
+        axis = plt.subplots(figsize=size)[1]
+        kind["cbar_kws"] = {"label": label, "extend": "max" if high else "neither"}
+    else:
+        kind["cbar"] = False
+    sns.heatmap(cells, ax=axis, **kind)
     axis.set_xlabel(axis.get_xlabel().replace("_", " "))
     axis.set_ylabel(axis.get_ylabel().replace("_", " "))
     axis.set(**texts)
     axis.tick_params(rotation=0)
     axis.grid(False)
-    write_note(figure, note)
-    return figure
+    write_note(axis.figure, note)
+    return axis.figure
 
 
 def images(rows: torch.Tensor, shape: tuple[int, ...], titles: Sequence[str]) -> Figure:
@@ -340,7 +376,7 @@ def images(rows: torch.Tensor, shape: tuple[int, ...], titles: Sequence[str]) ->
     figure, axes = plt.subplots(1, len(rows), figsize=(1.9 * len(rows), 2.3), squeeze=False)
     for axis, row, title in zip(axes[0], rows, titles, strict=True):
         _image(axis, row, shape)
-        axis.set_title(title, fontsize=10, loc="center", weight="normal")
+        axis.set_title(title, fontsize=NORMAL, loc="center", weight="normal")
     return figure
 
 
@@ -368,7 +404,7 @@ def label_goodness(
         axis.set(xticks=range(len(found)), xlabel="label tried", ylabel="goodness")
         verdict = "right" if chosen == true else "wrong"
         name = f"chosen {chosen}, true {true} (framed): {verdict}"
-        axis.set_title(name, fontsize=10, weight="normal")
+        axis.set_title(name, fontsize=SMALL, weight="normal")
     return figure
 
 
@@ -416,7 +452,7 @@ def ranks(
         spans = [(start, end - start) for start, end in batches]
         axes[0].broken_barh(spans, (rank - 0.4, 0.8), facecolors=[ORANGE, PALE_ORANGE], lw=0)
         for number, (start, end) in enumerate(batches, start=1):
-            axes[0].text((start + end) / 2, rank, number, ha="center", va="center", fontsize=8)
+            axes[0].text((start + end) / 2, rank, number, ha="center", va="center", fontsize=9)
         spans = [(start, end - start) for start, end, _ in parts]
         filled = [colours[name] for *_, name in parts]
         axes[1].broken_barh(spans, (rank - 0.4, 0.8), facecolors=filled, ec="white", lw=0.4)
@@ -425,19 +461,22 @@ def ranks(
         axis.grid(False)
     axes[1].set_xlabel("seconds")
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
-    figure.legend(handles=handles, ncols=2, fontsize=8.5, loc="outside upper right")
+    figure.legend(handles=handles, ncols=2, loc="outside upper right")
     return figure
 
 
 def write_note(figure: Figure, text: str) -> None:
     """Write below a figure what its numbers were measured with."""
-    y = -0.06 / figure.get_figheight()
-    figure.text(0.01, y, text, fontsize=8.5, color=GREY, va="top")
+    y, wide = -0.06 / figure.get_figheight(), round(12 * figure.get_figwidth())
+    figure.text(0.01, y, textwrap.fill(text, wide), fontsize=SMALL, color=GREY, va="top")
 
 
-def _log_ticks(axis: plt.Axes, directions: str) -> None:
-    """Logarithmic axes, of "xy", with a handful of labelled ticks, whatever their range."""
-    for direction in directions:
+def _write_ticks(axis: plt.Axes, log: str = "") -> None:
+    """Ticks with commas in thousands; logarithmic axes, of "xy", with a handful of them, whatever
+    their range."""
+    axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: _in_words(value)))
+    axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: _in_words(value)))
+    for direction in log:
         axis.set(**{f"{direction}scale": "log"})
         ticks = getattr(axis, f"{direction}axis")
         decades = np.log10(np.divide(*ticks.get_view_interval()[::-1]))
