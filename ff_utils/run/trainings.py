@@ -1,11 +1,13 @@
 """Full-length trainings: one resumable run, one record and one network for each form and seed.
 
-The forms and their settings are in `notebooks/forms.yaml`. `notebooks/full_length.ipynb` runs one of them.
+The forms and their settings are in `notebooks/forms.yaml`. `notebooks/full_length.ipynb` trains
+one of them.
 """
 
 import json
 import pickle
 from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
 
@@ -16,13 +18,13 @@ from torch import nn
 from ff_utils import utils
 from ff_utils.backprop import Backprop, mlp
 from ff_utils.config import FFConfig, LocalConfig, RecurrentConfig, TrainConfig
-from ff_utils.data import Dataset, load_dataset
+from ff_utils.data import Dataset, load_dataset, test_batches
 from ff_utils.ff.local import LocalForwardForward
 from ff_utils.ff.network import PREDICTIONS, ForwardForward
 from ff_utils.ff.recurrent import RecurrentForwardForward
 from ff_utils.report import records
 from ff_utils.run.notebooks import read_yaml
-from ff_utils.training import error_rate, fit, goodness_errors
+from ff_utils.training import fit, goodness_errors
 
 FOLDER = "full_length"  # of the records, below data/results/, and of checkpoints, below build/
 NETWORKS = utils.DATA / "networks"
@@ -56,6 +58,7 @@ class Form:
     paper: float | None = None
     dataset: str = "mnist"
     chosen_by: str | None = None
+    candidate_for: str | None = None
 
     @property
     def train_config(self) -> TrainConfig:
@@ -81,11 +84,19 @@ class Form:
             return network(data.shape, data.classes, self.fields, config, device=device)
         return network(data.pixels, data.classes, self.hidden, config, device=device)
 
-    def errors(self, network: nn.Module, data: Dataset) -> dict[str, float]:
-        """Error on `data`'s test part by each way to predict."""
-        by_softmax = self.network == "Backprop" or self.config.get("label") == "none"
-        ways = ["softmax"] if by_softmax else PREDICTIONS
-        return {by: error_rate(network, data, by) for by in ways}
+    @torch.no_grad()
+    def wrong_images(self, network: nn.Module, data: Dataset) -> dict[str, list[int]]:
+        """Numbers of the images in `data`'s test part that each way to predict gets wrong."""
+        if self.network == "Backprop":
+            ways = {"softmax": lambda images: network(images).argmax(1)}
+        else:
+            names = ["softmax"] if self.config.get("label") == "none" else PREDICTIONS
+            ways = {by: partial(network.predict, by=by) for by in names}
+        wrong = {}
+        for by, predict in ways.items():
+            missed = [predict(images) != labels for images, labels in test_batches(data)]
+            wrong[by] = torch.cat(missed).nonzero().flatten().tolist()
+        return wrong
 
 
 @cache
@@ -140,7 +151,7 @@ class Run:
         try:
             record = json.loads(self.record.read_text(encoding="utf-8"))
             parameters = record["parameters"]
-            record["metrics"]["test_errors"]
+            record["metrics"]["validation_errors"]
         except FileNotFoundError as error:
             raise ValueError(f"{place} is missing: run `{command}`.") from error
         except (ValueError, LookupError, TypeError) as error:
@@ -197,18 +208,26 @@ def train(
         note=partial(_note, network, split),
         quiet=quiet,
     )
-    validation = chosen_by["validation_errors"] if chosen_by else form.errors(network, split)
-    chosen, test = min(validation, key=validation.get), form.errors(network, data)
-    save_network(network, run.network)
+    validation = chosen_by["validation_errors"] if chosen_by else _errors(form, network, split)
+    chosen = min(validation, key=validation.get)
     metrics = {
         "history": history,
         "validation_errors": validation,
-        "test_errors": test,
         "chosen": chosen,
-        "test_error": test[chosen],
         "seconds_an_epoch": history.seconds.mean(),
     }
+    if not form.candidate_for:
+        wrong = form.wrong_images(network, data)
+        test = {by: len(missed) / len(data.test_labels) for by, missed in wrong.items()}
+        metrics |= {"test_errors": test, "test_error": test[chosen], "wrong": wrong[chosen]}
+        metrics["test_read"] = datetime.now(UTC).date().isoformat()
+        save_network(network, run.network)
     return begun.finish(metrics, data)
+
+
+def _errors(form: Form, network: nn.Module, data: Dataset) -> dict[str, float]:
+    wrong = form.wrong_images(network, data)
+    return {by: len(missed) / len(data.test_labels) for by, missed in wrong.items()}
 
 
 def _note(network: nn.Module, data: Dataset) -> dict:
@@ -230,7 +249,7 @@ def _refuse_difference(run: Run, then: dict, now: dict) -> None:
 def evaluate(name: str, seed: int = 0, epochs: int = 0, dataset: str = "") -> dict[str, float]:
     """Test error, by each way to predict, of the network that a run has kept."""
     network, data = load_network(name, seed, epochs, dataset)
-    return forms()[name].errors(network, data)
+    return _errors(forms()[name], network, data)
 
 
 def table() -> pd.DataFrame:
@@ -241,7 +260,7 @@ def table() -> pd.DataFrame:
     longest = {}
     for path in sorted((utils.RESULTS / FOLDER).glob("*-*-*.json")):
         name, seed, epochs = path.stem.rsplit("-", 2)
-        if name in forms():
+        if name in forms() and not forms()[name].candidate_for:
             run = plan(name, int(seed), int(epochs))
             if run.epochs >= longest.get((name, seed), run).epochs:
                 longest[name, seed] = run
@@ -264,6 +283,8 @@ def beside_the_paper(runs: pd.DataFrame) -> pd.DataFrame:
     many epochs. runs: as `table` gives them."""
     rows = []
     for name, form in forms().items():
+        if form.candidate_for:
+            continue
         mine = runs[runs.form == name]
         rows.append(
             {
