@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 
-from ff_utils.config import TrainConfig
+from ff_utils.config import Batch, TrainConfig
 from ff_utils.data import Dataset
 from ff_utils.ff.blocks import TORCH_OPTIMIZERS
 from ff_utils.ff.negatives import drop_pixels
@@ -134,21 +134,12 @@ class Backprop(nn.Module):
         """The stages of a training: one, of all layers."""
         return [None]
 
-    def train_batch(
-        self,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        learning_rate: float,
-        generator: torch.Generator,
-        config: TrainConfig,
-        stage: None = None,
-    ) -> dict[str, torch.Tensor]:
+    def train_batch(self, batch: Batch) -> dict[str, torch.Tensor]:
         """One batch, dropout included; returns {"loss": ()}."""
         for optimizer in self.optimizers:
-            optimizer.param_groups[0]["lr"] = learning_rate
-        if config.dropout:
-            images = drop_pixels(images, config.dropout, generator)
-        return {"loss": self.step(images, labels)}
+            optimizer.param_groups[0]["lr"] = batch.learning_rate
+        images = drop_pixels(batch.images, batch.config.dropout, batch.generator)
+        return {"loss": self.step(images, batch.labels)}
 
     def after_epoch(self, data: Dataset, epoch: int, stage: None = None) -> dict[str, float]:
         """The error on `data`'s test part."""

@@ -5,8 +5,12 @@ sizes is checked where they meet.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ff_utils.utils import check_choice, check_number
+
+if TYPE_CHECKING:  # sweeps and command lines read settings without PyTorch
+    import torch
 
 LOSSES = ("softplus", "probabilistic", "linear", "pairwise")
 ORIGINAL_LOSSES = {  # names of the original package for the same losses
@@ -176,3 +180,23 @@ class TrainConfig:
         check_number("classifier_rate", self.classifier_rate, 0, 1, above=True)
         check_number("rollout_length", self.rollout_length, 1, whole=True)
         check_number("mask_blurs", self.mask_blurs, 1, whole=True)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What `train_batch` of any network gets from `training.fit`.
+
+    images: (N, pixels).
+    labels: (N,), the true classes.
+    learning_rate: now, after its decay.
+    generator: draws negatives, dropout and all else that is drawn.
+    config: of the whole training.
+    stage: what is trained now, one of the stages that the network's `start_training` gave.
+    """
+
+    images: "torch.Tensor"
+    labels: "torch.Tensor"
+    learning_rate: float
+    generator: "torch.Generator"
+    config: TrainConfig = TrainConfig()
+    stage: int | str | None = None

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ff_utils.config import FFConfig, TrainConfig
+from ff_utils.config import Batch, FFConfig, TrainConfig
 from ff_utils.data import Dataset, test_batches
 from ff_utils.ff.negatives import random_negatives
 from ff_utils.ff.network import EVALUATION_ROWS, ForwardForward, classification_error
@@ -56,10 +56,11 @@ def fit(
         stage, epoch = stages[number // config.epochs], number % config.epochs + 1
         start, sums, counts = time.perf_counter(), {}, Counter()
         epoch_batches = batches(data, config.batch_size, generator, config.random_shift)
-        for batch, (images, labels) in enumerate(epoch_batches):
-            done = ((epoch - 1) * batch_count + batch) / (config.epochs * batch_count)
+        for step, (images, labels) in enumerate(epoch_batches):
+            done = ((epoch - 1) * batch_count + step) / (config.epochs * batch_count)
             rate = config.learning_rate * decay_factor(done, config.decay)
-            losses = network.train_batch(images, labels, rate, generator, config, stage)
+            batch = Batch(images, labels, rate, generator, config, stage)
+            losses = network.train_batch(batch)
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0) + loss
                 counts[name] += 1

@@ -47,7 +47,7 @@ def test_offloaded_parts_and_cached_activations_learn_the_same():
         generator = torch.Generator().manual_seed(0)
         course = config.TrainConfig(negatives="random")
         for _ in range(3):
-            network.train_batch(images, labels, 0.003, generator, course)
+            network.train_batch(config.Batch(images, labels, 0.003, generator, course))
     assert_equal_weights(in_memory, offloaded)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ff_utils import language
-from ff_utils.config import FFConfig, TrainConfig
+from ff_utils.config import Batch, FFConfig, TrainConfig
 from ff_utils.data import load_dataset
 from ff_utils.ff.negatives import Rollouts
 from ff_utils.ff.network import ForwardForward
@@ -130,7 +130,7 @@ def test_rollout_step_is_the_networks_own_step_on_real_and_written_rows(saying):
     twin = Rollouts(saying, 8, 5)
     draws = [torch.Generator().manual_seed(1) for _ in range(2)]
     for _ in range(3):
-        found = one.train_batch(images, labels, 0.01, draws[0], config)
+        found = one.train_batch(Batch(images, labels, 0.01, draws[0], config))
         neutral = other(other.encode(images, None))
         other.softmax.step(neutral, other.softmax(neutral), labels, 0.01)
         windows, written = twin.write(other.classify, images, draws[1])

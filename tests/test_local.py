@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import softplus
 
-from ff_utils.config import NORMALISATIONS, LocalConfig, TrainConfig
+from ff_utils.config import NORMALISATIONS, Batch, LocalConfig, TrainConfig
 from ff_utils.data import load_dataset
 from ff_utils.ff import layers
 from ff_utils.ff.local import LocalForwardForward
@@ -165,7 +165,7 @@ def test_it_learns_colour_images_with_labels_and_without(label, local):
             order = torch.randperm(len(data.train_labels), generator=draws)
             for chosen in order.split(50):
                 batch = data.train_images[chosen], data.train_labels[chosen]
-                network.train_batch(*batch, 0.01, draws, train, stage)
+                network.train_batch(Batch(*batch, 0.01, draws, train, stage))
     assert network.after_epoch(data, 8, stage)["error"] < 0.13
     if label == "joined":
         wrong = network.predict(data.test_images) != data.test_labels

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ff_utils.config import LABELS, NORMALISATIONS, FFConfig, TrainConfig
+from ff_utils.config import LABELS, NORMALISATIONS, Batch, FFConfig, TrainConfig
 from ff_utils.data import load_dataset
 from ff_utils.ff import layers
 from ff_utils.ff.network import PREDICTIONS, ForwardForward
@@ -171,7 +171,7 @@ def test_recomputed_activations_teach_the_classifier_the_same_bits(digits):
         draws = generator()
         for start in (0, 50):
             batch = (digits.train_images[start:][:50], digits.train_labels[start:][:50])
-            trained.train_batch(*batch, 0.01, draws, TRAIN)
+            trained.train_batch(Batch(*batch, 0.01, draws, TRAIN))
     for name, tensor in one.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor), name
     assert one.settings == other.settings
@@ -182,7 +182,7 @@ def test_train_batch_trains_the_layers_of_its_stage_and_the_classifier(digits, s
     one = for_digits(digits)
     before = {name: tensor.clone() for name, tensor in one.state_dict().items()}
     batch = digits.train_images[:50], digits.train_labels[:50]
-    losses = one.train_batch(*batch, 0.01, generator(), TRAIN, stage)
+    losses = one.train_batch(Batch(*batch, 0.01, generator(), TRAIN, stage))
     assert list(losses) == [*(f"loss_{n}" for n in names), "softmax_loss"]
     for number in (1, 2, 3):
         name = f"layers.{number - 1}.weight"
@@ -195,7 +195,7 @@ def test_train_batch_leaves_out_the_classifier_as_often_as_it_is_told(digits):
     config = replace(TRAIN, classifier_update_prob=0.25)
     for _ in range(200):
         batch = digits.train_images[:10], digits.train_labels[:10]
-        updates += "softmax_loss" in one.train_batch(*batch, 0.01, draws, config)
+        updates += "softmax_loss" in one.train_batch(Batch(*batch, 0.01, draws, config))
     assert 30 < updates < 70
 
 
@@ -204,14 +204,14 @@ def test_training_without_labels_first_trains_layers_then_the_classifier(digits)
     few, labels = digits.train_images[:50], digits.train_labels[:50]
     assert one.start_training(digits, TRAIN) == ["layers", "softmax"]
     blind.start_training(digits, TRAIN)
-    losses = one.train_batch(few, labels, 0.01, generator(), TRAIN, "layers")
-    blind.train_batch(few, labels.flip(0), 0.01, generator(), TRAIN, "layers")
+    losses = one.train_batch(Batch(few, labels, 0.01, generator(), TRAIN, "layers"))
+    blind.train_batch(Batch(few, labels.flip(0), 0.01, generator(), TRAIN, "layers"))
     assert list(losses) == ["loss_1", "loss_2", "loss_3"] and not one.softmax.weight.any()
     trained = {name: tensor.clone() for name, tensor in one.layers.state_dict().items()}
     for name, tensor in trained.items():
         assert torch.equal(blind.layers.state_dict()[name], tensor), name
     assert one.after_epoch(digits, 1, "layers") == {}
-    losses = one.train_batch(few, labels, 0.01, generator(), TRAIN, "softmax")
+    losses = one.train_batch(Batch(few, labels, 0.01, generator(), TRAIN, "softmax"))
     assert list(losses) == ["softmax_loss"] and one.softmax.weight.any()
     for name, tensor in trained.items():
         assert torch.equal(one.layers.state_dict()[name], tensor), name
@@ -229,7 +229,7 @@ def test_layers_that_saw_no_label_tell_hybrids_from_images_and_classes_apart(dig
             order, found = torch.randperm(len(digits.train_labels), generator=draws), []
             for chosen in order.split(50):
                 batch = digits.train_images[chosen], digits.train_labels[chosen]
-                found.append(one.train_batch(*batch, 0.01, draws, train, stage))
+                found.append(one.train_batch(Batch(*batch, 0.01, draws, train, stage)))
             means |= {name: sum(losses[name] for losses in found) / 20 for name in found[0]}
     assert all(means[f"loss_{number}"] < 1.37 for number in (1, 2, 3))  # chance is 1.386
     assert one.after_epoch(digits, 15, "softmax")["error"] < 0.12

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import one_hot, softplus
 
-from ff_utils.config import RecurrentConfig, TrainConfig
+from ff_utils.config import Batch, RecurrentConfig, TrainConfig
 from ff_utils.data import load_dataset
 from ff_utils.ff.network import PREDICTIONS
 from ff_utils.ff.recurrent import RecurrentForwardForward
@@ -117,7 +117,7 @@ def test_everything_is_trained():
     before = {name: p.clone() for name, p in network.named_parameters()}
     draws = generator()
     for _ in range(5):
-        network.train_batch(images(), LABELS, 0.01, draws, TRAIN)
+        network.train_batch(Batch(images(), LABELS, 0.01, draws, TRAIN))
     for name, p in network.named_parameters():
         # Of each unit and of each input, but for pixels that are never on and units that are off.
         changed = p != before[name]
@@ -128,7 +128,7 @@ def test_everything_is_trained():
 
 def test_prediction_does_not_depend_on_the_chunk():
     network = make(optimizer="adam")
-    network.train_batch(images(), LABELS, 0.01, generator(), TRAIN)
+    network.train_batch(Batch(images(), LABELS, 0.01, generator(), TRAIN))
     for by in PREDICTIONS:
         whole = network.predict(images(), by)
         assert len(whole.unique()) > 1
@@ -141,7 +141,7 @@ def test_time_steps_cost_no_memory():
         network, draws, labels = make(steps=steps), generator(), torch.arange(40) % 4
 
         def step(network=network, draws=draws, labels=labels):
-            network.train_batch(rows, labels, 0.01, draws, TRAIN)
+            network.train_batch(Batch(rows, labels, 0.01, draws, TRAIN))
 
         peaks.append(track_step(step, network, inputs=[rows]).peak_bytes)
     assert peaks[0] == peaks[1]
@@ -161,7 +161,7 @@ def test_it_learns_digits_by_either_prediction(digits, loss, most):
     for _ in range(10):
         for chosen in torch.randperm(1000, generator=draws).split(50):
             batch = digits.train_images[chosen], digits.train_labels[chosen]
-            network.train_batch(*batch, 0.003, draws, TRAIN)
+            network.train_batch(Batch(*batch, 0.003, draws, TRAIN))
     error = network.after_epoch(digits, 10)["error"]
     for by in ("softmax", "goodness"):
         wrong = network.predict(digits.test_images, by) != digits.test_labels

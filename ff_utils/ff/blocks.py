@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from ff_utils.config import TrainConfig
+from ff_utils.config import Batch, TrainConfig
 from ff_utils.data import Dataset
 from ff_utils.ff.negatives import drop_pixels, random_negatives, with_label
 from ff_utils.ff.network import EVALUATION_ROWS, classification_error
@@ -372,23 +372,14 @@ class BlockLocal(nn.Module):
                 self.prepare(data.train_images[:2], data.train_labels[:2])
         return [None]
 
-    def train_batch(
-        self,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        learning_rate: float,
-        generator: torch.Generator,
-        config: TrainConfig,
-        stage: None = None,
-    ) -> dict[str, torch.Tensor]:
+    def train_batch(self, batch: Batch) -> dict[str, torch.Tensor]:
         """One batch, images (rows, pixels); returns each block's loss and the network's own."""
         self.train()
-        self._generator = generator
+        self._generator = batch.generator
         for optimizer in self.optimizers:
-            optimizer.param_groups[0]["lr"] = learning_rate
-        if config.dropout:
-            images = drop_pixels(images, config.dropout, generator)
-        return self.step(images, labels)
+            optimizer.param_groups[0]["lr"] = batch.learning_rate
+        images = drop_pixels(batch.images, batch.config.dropout, batch.generator)
+        return self.step(images, batch.labels)
 
     def after_epoch(self, data: Dataset, epoch: int, stage: None = None) -> dict[str, float]:
         """The error on `data`'s test part."""

@@ -138,6 +138,8 @@ class DenseInput:
 def drop_pixels(images: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:
     """Dropout: a random `share` of each image's pixels set to zero, the others divided by
     1 - share, so that an image's sum stays the same on average. Images (N, pixels)."""
+    if not share:
+        return images
     draw = torch.rand(images.shape, generator=generator, device=generator.device)
     return (draw >= share).to(images).mul_(images).div_(1 - share)
 

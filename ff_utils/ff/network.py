@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from ff_utils.config import FFConfig, RecurrentConfig, TrainConfig
+from ff_utils.config import Batch, FFConfig, RecurrentConfig, TrainConfig
 from ff_utils.data import Dataset, test_batches
 from ff_utils.ff import negatives
 from ff_utils.ff.layers import FFLayer, SoftmaxClassifier, normalise_, split_batch
@@ -246,25 +246,18 @@ class ForwardForward(FFNetwork):
             self.optimizers = [rollouts]
         return [None] if config.schedule == "joint" else list(range(len(self.layers)))
 
-    def train_batch(
-        self,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        learning_rate: float,
-        generator: torch.Generator,
-        config: TrainConfig,
-        stage: int | str | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """Train on images (N, pixels) with labels (N,); returns the losses () by name.
+    def train_batch(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """One step of the stage's layers and the classifier; returns the losses () by name.
 
-        stage: one of `start_training`. Each image gives one positive and one negative row. Without
-        labels the negative rows are hybrids, and the classifier leaves the layers as they are.
+        Each image gives one positive and one negative row. Without labels the negative rows are
+        hybrids, and the classifier leaves the layers as they are.
         """
+        images, labels, config, stage = batch.images, batch.labels, batch.config, batch.stage
+        generator, rate = batch.generator, batch.learning_rate
         unlabelled, prob = self.config.label == "none", config.classifier_update_prob
         classify = unlabelled or prob == 1 or float(torch.rand((), generator=generator)) < prob
-        rows, rate = self.labelled_input(images), learning_rate
-        if config.dropout:
-            rows.drop_pixels(config.dropout, generator)
+        rows = self.labelled_input(images)
+        rows.drop_pixels(config.dropout, generator)
         if stage == "layers":
             mixed = partial(self._with_hybrids, rows.images, generator, config.mask_blurs)
             # Rows without a name here are freed once the first layer has used them.

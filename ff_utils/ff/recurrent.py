@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ff_utils.config import RecurrentConfig, TrainConfig
+from ff_utils.config import Batch, RecurrentConfig, TrainConfig
 from ff_utils.data import Dataset
 from ff_utils.ff.layers import EPSILON, FFLayer, SoftmaxClassifier, normalise_, split_batch
 from ff_utils.ff.negatives import drop_pixels, hard_negatives, one_hot
@@ -174,26 +174,18 @@ class RecurrentForwardForward(FFNetwork):
         """The stages of a training: one, of all layers."""
         return [None]
 
-    def train_batch(
-        self,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        learning_rate: float,
-        generator: torch.Generator,
-        config: TrainConfig,
-        stage: None = None,
-    ) -> dict[str, torch.Tensor]:
-        """Train on images (N, pixels) with labels (N,); returns the losses () by name."""
-        if config.dropout:
-            images = drop_pixels(images, config.dropout, generator)
+    def train_batch(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """One step of all layers and the classifier; returns the losses () by name."""
+        config, labels = batch.config, batch.labels
+        images = drop_pixels(batch.images, config.dropout, batch.generator)
         images, drive, states = self.start(images)
         activations = [h for h, _ in states]
         logits = self.softmax(activations)
-        wrong = hard_negatives(logits, labels, generator)
-        rate = learning_rate * config.classifier_rate
+        wrong = hard_negatives(logits, labels, batch.generator)
+        rate = batch.learning_rate * config.classifier_rate
         softmax_loss = self.softmax.step(activations, logits, labels, rate)
         del activations, logits
-        losses = self.step(images, drive, states, labels, wrong, learning_rate)
+        losses = self.step(images, drive, states, labels, wrong, batch.learning_rate)
         return named_losses(losses) | {"softmax_loss": softmax_loss}
 
     def neutral_activations(

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from ff_utils import original
 from ff_utils.backprop import TORCH_OPTIMIZERS, Backprop, mlp
-from ff_utils.config import FFConfig, LocalConfig, RecurrentConfig, TrainConfig
+from ff_utils.config import Batch, FFConfig, LocalConfig, RecurrentConfig, TrainConfig
 from ff_utils.ff.local import LocalForwardForward
 from ff_utils.ff.network import ForwardForward
 from ff_utils.ff.recurrent import RecurrentForwardForward
@@ -225,7 +225,7 @@ def _network_with_softmax(arm: Arm, s: Sizes) -> Step:
 
     def train() -> None:
         for stage in stages:
-            network.train_batch(images, labels, RATE, generator, config, stage)
+            network.train_batch(Batch(images, labels, RATE, generator, config, stage))
 
     rows = max(1, len(images) // 2)
     choices = {"by": "softmax"} if arm.negatives == "hybrids" else {"rows": rows}
