@@ -1,7 +1,8 @@
-"""Images, checked by checksum: MNIST, Fashion-MNIST, CIFAR-10, and two built-in sets of digits."""
+"""Images: MNIST, Fashion-MNIST, CIFAR-10, built-in digits, and folders of anyone's own pictures."""
 
 import gzip
 import hashlib
+import io
 import pickle
 import sys
 import tarfile
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pooch
 import torch
+from PIL import Image, UnidentifiedImageError
 from requests import RequestException
 
 from ff_utils import utils
@@ -70,6 +72,8 @@ MIRRORS = {
     "cifar10": ("https://www.cs.toronto.edu/~kriz/",),
 }
 TORCHVISION_FOLDERS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
+FOLDER = "folder:"  # what the name of a folder of images begins with
+SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 class DataNotFoundError(RuntimeError):
@@ -144,13 +148,16 @@ def test_batches(data: Dataset, rows: int = 2000) -> Iterator[tuple[torch.Tensor
 def load_dataset(
     name: str = "auto", train_size: int | None = None, test_size: int | None = None
 ) -> Dataset:
-    """Load a data set by name.
+    """Load a data set by name, or a folder of images, as in `folder:~/flowers`.
 
     `auto` is MNIST where it is on disk or can be downloaded, else the built-in digits, with a
-    warning. Raises ValueError for an unknown name or size, a file whose checksum is wrong or an
-    `FF_DATA_DIR` that is no folder, DataNotFoundError without files and network.
+    warning. Raises ValueError for an unknown name or size, a file whose checksum is wrong, a
+    folder that is not as `image_folder` wants it or an `FF_DATA_DIR` that is no folder,
+    DataNotFoundError without files and network.
     """
-    check_choice("dataset", name, ("auto", *TITLES))
+    if isinstance(name, str) and name.startswith(FOLDER):
+        return image_folder(name.removeprefix(FOLDER)).subset(train_size, test_size)
+    check_choice("dataset", name, ("auto", *TITLES, f"{FOLDER}PATH"))
     load = {"digits": _digits, "colour_digits": _colour_digits, "cifar10": _cifar10}
     try:
         data = load[name]() if name in load else _mnist("mnist" if name == "auto" else name)
@@ -261,6 +268,88 @@ def _cifar10() -> Dataset:
         raise ValueError(f"{place} is not CIFAR-10's archive: delete it ({error}).") from error
     arrays = [torch.cat(images[:-1]), torch.cat(labels[:-1]), images[-1], labels[-1]]
     return _from_bytes("cifar10", (3, 32, 32), arrays, _sha256(path.read_bytes()))
+
+
+def image_folder(path: str | Path, seed: int = 0) -> Dataset:
+    """A folder of PNG or JPEG images with one sub-folder a class, as torchvision's `ImageFolder`.
+
+    If it has the folders `train` and `test`, each has the classes' folders; else a sixth of the
+    images, drawn by `seed`, is the test set. Classes are numbered in their names' order. Images
+    are grey if all are, else in colour. The data set has the folder's name. ValueError for a
+    folder without images or with one class, images of several sizes or that cannot be read.
+    """
+    folder = utils.user_path(path)
+    place = utils.relative(folder)
+    parts = [folder / part for part in ("train", "test")]
+    split = all(part.is_dir() for part in parts)
+    files = [_images_by_class(part) for part in (parts if split else [folder])]
+    classes = sorted(files[0])
+    if len(classes) < 2:
+        raise ValueError(
+            f"{place} has images of {len(classes)} classes: give at least two folders of PNG or "
+            "JPEG images, one a class, or such folders in train/ and test/."
+        )
+    if split and (unknown := sorted(set(classes) ^ set(files[1]))):
+        raise ValueError(f"{place} has the class {unknown[0]} in train/ or in test/ only.")
+    digest, arrays = hashlib.sha256(), []
+    for part in files:
+        images, labels = _read_images(part, classes, digest)
+        arrays += [images, labels]
+    if len({tuple(images.shape[1:]) for images in arrays[::2]}) > 1:
+        raise ValueError(f"{place}: train/ and test/ have images of different sizes or colours.")
+    if not split:
+        images, labels = arrays
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        test, train = order.tensor_split([-(-len(labels) // 6)])
+        arrays = [images[train], labels[train], images[test], labels[test]]
+    data = _from_bytes(folder.name, tuple(arrays[0].shape[1:]), arrays, digest.hexdigest())
+    return replace(data, classes=len(classes))
+
+
+def _images_by_class(folder: Path) -> dict[str, list[Path]]:
+    """The images in each sub-folder, by its name, in order; those without images are left out."""
+    if not folder.is_dir():
+        raise ValueError(f"{utils.relative(folder)} is no folder: give one that exists.")
+    found = {}
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if images := sorted(p for p in inner.rglob("*") if p.suffix.lower() in SUFFIXES):
+            found[inner.name] = images
+    return found
+
+
+def _read_images(
+    files: dict[str, list[Path]], classes: list[str], digest: "hashlib._Hash"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (N, height, width) or (N, 3, height, width) of bytes, and their labels (N,)."""
+    images, labels = [], []
+    for label, name in enumerate(classes):
+        for path in files[name]:
+            try:
+                raw = path.read_bytes()
+                with Image.open(io.BytesIO(raw)) as image:
+                    if image.mode[0] in "IF":
+                        raise ValueError("more than 8 bits a colour")
+                    grey = image.mode in ("1", "L", "LA")
+                    pixels = np.asarray(image.convert("L" if grey else "RGB"))
+            except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+                place = utils.relative(path)
+                raise ValueError(
+                    f"{place} is no 8-bit PNG or JPEG that can be read: delete or replace it."
+                ) from error
+            if images and pixels.shape[:2] != images[0].shape[:2]:
+                (height, width), (tall, wide) = images[0].shape[:2], pixels.shape[:2]
+                raise ValueError(
+                    f"{utils.relative(path)} has {wide}x{tall} pixels and the first image "
+                    f"{width}x{height}: give images of one size."
+                )
+            digest.update(f"{name}/{path.name}\0".encode())
+            digest.update(raw)
+            images.append(pixels)
+            labels.append(label)
+    if any(image.ndim == 3 for image in images):
+        images = [image if image.ndim == 3 else np.stack([image] * 3, -1) for image in images]
+        images = np.stack(images).transpose(0, 3, 1, 2)
+    return torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(labels)
 
 
 def _sha256(*parts: bytes) -> str:

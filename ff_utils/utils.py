@@ -29,9 +29,12 @@ def relative(path: Path) -> str:
 
 
 def user_path(text: str | os.PathLike) -> Path:
-    """A path as a person gives it: `~` expanded, relative to the folder they work in."""
+    """A path as a person gives it: `~` expanded, relative to the folder they work in.
+
+    A notebook's kernel works in another folder; the person's is then in FF_WORKING_DIR.
+    """
     try:
-        return Path(text).expanduser().absolute()
+        return Path(os.environ.get("FF_WORKING_DIR", Path.cwd()), Path(text).expanduser())
     except RuntimeError as error:  # `~name` of nobody
         raise ValueError(f"{text} names a home folder that is not known: {error}.") from error
 

@@ -9,6 +9,7 @@ import numpy as np
 import pooch
 import pytest
 import torch
+from PIL import Image
 
 from ff_utils import data, utils
 
@@ -348,3 +349,81 @@ def test_colour_digits_are_the_digits_in_colours_that_say_nothing():
 def test_make_data_says_what_it_found(mnist, capsys):
     data.main()
     assert "mnist: 30 training and 10 test images of 4x4, sha256 " in capsys.readouterr().out
+
+
+# --- folders of images ----------------------------------------------------------------------
+
+
+def write_images(folder, classes, count=6, size=(5, 4), mode="L", ending="png"):
+    """`count` images of a class in each sub-folder; returns their pixels by path."""
+    generator, written = np.random.default_rng(0), {}
+    for name in classes:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            shape = (size[1], size[0]) if mode == "L" else (size[1], size[0], 3)
+            pixels = generator.integers(0, 256, shape, dtype=np.uint8)
+            path = folder / name / f"{number}.{ending}"
+            Image.fromarray(pixels).save(path)
+            written[path] = pixels
+    return written
+
+
+def test_folder_of_images_with_a_test_part_is_read_as_it_is(no_network, tmp_path):
+    train = write_images(tmp_path / "flowers" / "train", ["rose", "aster"])
+    test = write_images(tmp_path / "flowers" / "test", ["aster", "rose"], count=2, ending="PNG")
+    loaded = data.load_dataset("folder:flowers")
+    assert (loaded.name, loaded.title, loaded.classes) == ("flowers", "flowers", 2)
+    assert loaded.shape == (4, 5) and loaded.train_labels.tolist() == [0] * 6 + [1] * 6
+    for images, written in ((loaded.train_images, train), (loaded.test_images, test)):
+        expected = np.stack([written[path] for path in sorted(written)]).reshape(-1, 20) / 255
+        np.testing.assert_allclose(images, expected, rtol=1e-6)
+    (tmp_path / "flowers").rename(tmp_path / "moved")
+    moved = data.load_dataset(f"folder:{tmp_path / 'moved'}", train_size=3)
+    assert moved.checksum == loaded.checksum and len(moved.train_labels) == 3
+    (tmp_path / "moved" / "test" / "rose" / "1.PNG").unlink()
+    assert data.load_dataset("folder:moved").checksum != loaded.checksum
+
+
+def test_folder_of_images_without_a_test_part_is_split_by_seed(tmp_path):
+    write_images(tmp_path, ["b", "a", "c"], mode="RGB", ending="jpeg")
+    write_images(tmp_path, ["a"], count=1)  # one in grey among the coloured
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    loaded, other = (data.image_folder(tmp_path, seed) for seed in (0, 1))
+    assert loaded.shape == (3, 4, 5) and loaded.classes == 3
+    assert (len(loaded.train_labels), len(loaded.test_labels)) == (15, 4)
+    every = torch.cat([loaded.train_labels, loaded.test_labels])
+    assert every.bincount().tolist() == [7, 6, 6]
+    assert torch.equal(data.image_folder(tmp_path).test_images, loaded.test_images)
+    assert not torch.equal(other.test_images, loaded.test_images)
+    assert len(torch.cat([loaded.train_images, loaded.test_images]).unique(dim=0)) == 19
+
+
+def test_folder_of_images_that_is_wrong_is_one_sentence(no_network, tmp_path):
+    def refused(sentence):
+        with pytest.raises(ValueError, match=sentence) as info:
+            data.load_dataset("folder:pictures")
+        assert "\n" not in str(info.value)
+
+    folder = tmp_path / "pictures"
+    refused("pictures is no folder: give one that exists")
+    folder.mkdir()
+    refused("pictures has images of 0 classes: give at least two folders of PNG or JPEG images")
+    write_images(folder, ["only"])
+    refused("pictures has images of 1 classes")
+    write_images(folder, ["wide"], size=(6, 4))
+    refused(r"wide/0.png has 6x4 pixels and the first image 5x4: give images of one size")
+    shutil.rmtree(folder / "wide")
+    write_images(folder, ["other"])
+    whole = (folder / "other" / "3.png").read_bytes()
+    for damaged in (b"", b"text", whole[: len(whole) // 2], whole[:12] + bytes(len(whole) - 12)):
+        (folder / "other" / "3.png").write_bytes(damaged)
+        refused(r"other/3.png is no 8-bit PNG or JPEG that can be read: delete or replace it")
+    Image.fromarray(np.full((4, 5), 1000, np.uint16)).save(folder / "other" / "3.png")
+    refused("other/3.png is no 8-bit PNG")
+    shutil.rmtree(folder)
+    write_images(folder / "train", ["a", "b"])
+    write_images(folder / "test", ["a"])
+    refused("pictures has the class b in train/ or in test/ only")
+    write_images(folder / "test", ["a", "b"], mode="RGB")
+    refused("train/ and test/ have images of different sizes or colours")

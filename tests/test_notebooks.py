@@ -147,9 +147,9 @@ def test_parameters_cells_are_exactly_one(house):
 
 def test_run_gives_the_profiles_values_or_others_and_then_another_record(house, monkeypatch):
     output = house / "build" / "01_small.ipynb"
-    path = write(house, "import os\nprint(profile, count * 2, os.environ['FF_DATA_DIR'])")
+    code = "from ff_utils import utils\nprint(profile, count * 2, utils.user_path('images'))"
+    path = write(house, code)
     monkeypatch.chdir(house)
-    monkeypatch.setenv("FF_DATA_DIR", "images")
     notebooks.run(path, "quick", output)
     assert printed(output) == f"quick 6 {house / 'images'}\n"
     assert names(output.parent) == ["01_small.ipynb"]

@@ -26,6 +26,7 @@ RANKS = [
     ["utils"],
     ["config", "process"],
     ["data"],
+    ["optimizers"],
     ["ff"],
     ["backprop"],
     ["offload"],
@@ -164,7 +165,7 @@ def test_dependencies_are_pinned_and_conda_users_get_the_same():
 def test_dependencies_are_those_that_are_imported():
     names = {"yaml": "pyyaml", "sklearn": "scikit-learn", "IPython": "ipykernel"}
     names |= {"jupyter_client": "ipykernel", "traitlets": "ipykernel", "jinja2": "nbconvert"}
-    names |= {"PIL": "matplotlib"}
+    names |= {"PIL": "pillow"}
     found = set()
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -240,10 +240,7 @@ def execute(
 
 def _environment(added: dict[str, str] | None) -> dict[str, str]:
     """What a kernel's environment has beside this process's; its folder is another."""
-    here = {"FF_PROGRESS": "plain"}
-    if folder := os.environ.get("FF_DATA_DIR"):
-        here["FF_DATA_DIR"] = str(utils.user_path(folder))
-    return here | (added or {})
+    return {"FF_PROGRESS": "plain", "FF_WORKING_DIR": str(utils.user_path("."))} | (added or {})
 
 
 @contextmanager
