@@ -14,7 +14,7 @@ from ff_utils.ff.blocks import (
     chunked_cross_entropy,
     find_blocks,
     goodness_of,
-    split_batch,
+    split_tensors,
     write_label,
 )
 from ff_utils.training import fit
@@ -221,11 +221,11 @@ def test_waves_differ_by_class_everywhere():
 @pytest.mark.parametrize(("rows", "parts"), [(12, 3), (7, 3), (2, 8), (1, 4), (24, 8)])
 def test_micro_batches_hold_every_row_once(rows, parts):
     x = torch.arange(rows)
-    found = split_batch((x, {"y": x * 2, "scale": 3.0}), parts)
+    found = split_tensors((x, {"y": x * 2, "scale": 3.0}), parts)
     assert torch.equal(torch.cat([part[0] for part, _ in found]), x)
     assert all(torch.equal(part[1]["y"], 2 * part[0]) for part, _ in found)
     assert sum(share for _, share in found) == pytest.approx(1)
-    short = split_batch(x, parts, short=True)
+    short = split_tensors(x, parts, short=True)
     assert len(short) == min(3, parts, rows) and torch.equal(short[-1][0], found[-1][0][0])
 
 

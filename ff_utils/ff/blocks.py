@@ -18,11 +18,11 @@ from ff_utils.config import Batch, TrainConfig
 from ff_utils.data import Dataset
 from ff_utils.ff.negatives import drop_pixels, random_negatives, with_label
 from ff_utils.ff.network import EVALUATION_ROWS, classification_error
+from ff_utils.optimizers import TORCH_OPTIMIZERS
 from ff_utils.utils import check_choice, check_number
 
 LOCAL_LOSSES = ("classifier", "goodness")
 IMAGE_LABELS = ("pixels", "waves")
-TORCH_OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 CHUNK_ELEMENTS = 2**24  # logits at a time where a loss is computed in chunks
 
 
@@ -135,7 +135,7 @@ def chunked_cross_entropy(
     return total / len(labels)
 
 
-def split_batch(batch: object, parts: int, short: bool = False) -> list[tuple[object, float]]:
+def split_tensors(batch: object, parts: int, short: bool = False) -> list[tuple[object, float]]:
     """`batch` in up to `parts` micro-batches, each with its share of the rows.
 
     Every tensor as long as the first one is split; other values go to every part. short: only the
@@ -177,7 +177,7 @@ class BlockLocal(nn.Module):
     label "waves": a wave is added whose direction is the class's, so that every convolution sees
     the label (Scodellaro et al., arXiv 2312.14924); images are of `shape`, flat or not.
     Each parameter is updated, and its gradient freed, as soon as the gradient is complete.
-    blocks: as in `find_blocks`. network_loss: as in `task_loss`. short: as in `split_batch`.
+    blocks: as in `find_blocks`. network_loss: as in `task_loss`. short: as in `split_tensors`.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class BlockLocal(nn.Module):
         training, self._mode, self._ran = self.training, "probe", []
         self.eval()
         with torch.no_grad():
-            output = self(split_batch(inputs, 2**30)[0][0])
+            output = self(split_tensors(inputs, 2**30)[0][0])
         self.train(training)
         self._mode = None
         names = [name for name, _ in self._ran]
@@ -278,7 +278,7 @@ class BlockLocal(nn.Module):
         if not self.optimizers:
             self.prepare(inputs, labels)
         losses: dict[str, torch.Tensor] = {}
-        parts = split_batch((inputs, labels), self.micro_batches, self.short)
+        parts = split_tensors((inputs, labels), self.micro_batches, self.short)
         for number, ((part, part_labels), share) in enumerate(parts, start=1):
             self._last_part, self._labels, self._share = number == len(parts), part_labels, share
             self._mode, self._ran, self._losses = "train", [], {}

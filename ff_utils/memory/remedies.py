@@ -10,18 +10,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from ff_utils.backprop import Offload
 from ff_utils.ff.blocks import (
-    TORCH_OPTIMIZERS,
     BlockLocal,
     chunked_cross_entropy,
     find_blocks,
-    split_batch,
+    split_tensors,
     task_loss,
 )
-from ff_utils.utils import HOST, allocation_category, check_choice
+from ff_utils.optimizers import TORCH_OPTIMIZERS
+from ff_utils.utils import check_choice
 
 MICRO_BATCHES = 8
 LARGE_LOGITS = 8  # classes per feature from which on a loss is computed in chunks
@@ -73,7 +73,7 @@ class TrainingStep:
     """One step of a network with an optimizer: forward, loss, backward, update.
 
     network_loss: as in `blocks.task_loss`; blocks: as in `blocks.find_blocks`; short: as in
-    `blocks.split_batch`. Optimizers are fused ones with PyTorch's defaults. Checkpoints and local
+    `blocks.split_tensors`. Optimizers are fused ones with PyTorch's defaults. Checkpoints and local
     losses change the network: give each step a network of its own.
     """
 
@@ -95,7 +95,9 @@ class TrainingStep:
         self.head, self.short = None, short
         if remedies.chunked:
             self.head, self.network_loss = large_head(network), self._chunked_loss
-        self.host = HostActivations(network) if remedies.offload else None
+        self.host = (
+            Offload([*network.parameters(), *network.buffers()]) if remedies.offload else None
+        )
         self.local = None
         if remedies.local:
             self.local = BlockLocal(
@@ -136,7 +138,7 @@ class TrainingStep:
     def _backpropagate(
         self, inputs: object, labels: torch.Tensor | None, autocast: AbstractContextManager
     ) -> None:
-        parts = split_batch((inputs, labels), self.remedies.micro_batches, self.short)
+        parts = split_tensors((inputs, labels), self.remedies.micro_batches, self.short)
         for number, ((part, part_labels), share) in enumerate(parts, start=1):
             self._last_part = number == len(parts)
             saving = self.host.saving((inputs, labels)) if self.host else nullcontext()
@@ -191,46 +193,3 @@ def large_head(network: nn.Module) -> nn.Linear | None:
     if linear and linear[-1].out_features >= LARGE_LOGITS * linear[-1].in_features:
         return linear[-1]
     return None
-
-
-class HostActivations:
-    """Moves what autograd saves to the host, each storage once; the network's own stay."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-
-    def saving(self, batch: object) -> AbstractContextManager:
-        """A context in which autograd saves to the host; `batch` stays where it is."""
-        own = [*self.network.parameters(), *self.network.buffers(), *tree_leaves(batch)]
-        stay = {t.untyped_storage()._cdata for t in own if torch.is_tensor(t)}
-        on_host: dict[int, tuple[weakref.ref, torch.Tensor]] = {}  # by the storage's address
-
-        def pack(tensor: torch.Tensor) -> object:
-            storage = tensor.untyped_storage()
-            if storage._cdata in stay:
-                return tensor
-            reference, copy = on_host.get(storage._cdata, (lambda: None, None))
-            if reference() is not storage:
-                flat = _flat(tensor)
-                with allocation_category(HOST):
-                    copy = torch.empty_like(flat, device="cpu", pin_memory=tensor.is_cuda or None)
-                copy.copy_(flat)
-                forget = lambda _, key=storage._cdata: on_host.pop(key, None)  # noqa: E731
-                on_host[storage._cdata] = weakref.ref(storage, forget), copy
-            place = (tensor.shape, tensor.stride(), tensor.storage_offset())
-            return copy, tensor.dtype, place, tensor.device
-
-        def unpack(packed: object) -> torch.Tensor:
-            if torch.is_tensor(packed):
-                return packed
-            copy, dtype, place, device = packed
-            back = torch.empty_like(copy, device=device).copy_(copy)
-            return back.view(dtype).as_strided(*place)
-
-        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """All elements of a tensor's storage in a row."""
-    length = tensor.untyped_storage().nbytes() // tensor.element_size()
-    return tensor.detach().as_strided((length,), (1,), 0)
