@@ -5,19 +5,20 @@ A remedy changes what is stored and when, never what is learned.
 
 import math
 import weakref
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint_sequential
 
 from ff_utils.config import Batch, TrainConfig
 from ff_utils.data import Dataset
-from ff_utils.ff.blocks import TORCH_OPTIMIZERS
 from ff_utils.ff.negatives import drop_pixels
 from ff_utils.ff.network import classification_error
+from ff_utils.optimizers import TORCH_OPTIMIZERS
 from ff_utils.utils import HOST, allocation_category, check_choice, check_ints, check_number
 
 AUTOGRAD = {"use_reentrant": False, "preserve_rng_state": False}
@@ -161,36 +162,57 @@ def split_segments(network: nn.Sequential) -> list[nn.Sequential]:
 
 
 class Offload:
-    """Moves what autograd saves to the host, each tensor once; storages of `stay` stay."""
+    """Moves what autograd saves to the host, each tensor once; those of `stay` stay.
+
+    Tensors that share memory, as a layer's output and its views, move once.
+
+    moved: bytes moved between host and device so far, both ways.
+    """
 
     def __init__(self, stay: Iterable[torch.Tensor]) -> None:
-        self.stay = {tensor.untyped_storage()._cdata for tensor in stay}
-        self.moved = 0
-        # A layer's output is saved twice in a row: by its ReLU and as the next layer's input.
-        self.last: tuple[object, torch.Tensor] | None = None
+        self.stay, self.moved = list(stay), 0
 
-    def saving(self, images: torch.Tensor) -> AbstractContextManager:
-        """A context in which autograd saves to the host; `images` stay where they are."""
-        stay = self.stay | {images.untyped_storage()._cdata}
+    @contextmanager
+    def saving(self, batch: object) -> Iterator[None]:
+        """A context in which autograd saves to the host; the tensors of `batch` stay too."""
+        tensors = [*self.stay, *tree_leaves(batch)]
+        stay = {t.untyped_storage()._cdata for t in tensors if torch.is_tensor(t)}
+        # Much is saved twice: a layer's output by its ReLU and as the next layer's input.
+        on_host: dict[tuple, tuple[weakref.ref, torch.Tensor]] = {}  # by the place in memory
 
-        def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.device | None]:
+        def pack(tensor: torch.Tensor) -> object:
             storage = tensor.untyped_storage()
             if storage._cdata in stay:
-                return tensor, None
-            if self.last is None or self.last[0]() is not storage:
-                pinned = tensor.is_cuda
+                return tensor
+            row = _in_a_row(tensor)
+            key = (storage._cdata, row.storage_offset(), len(row))
+            reference, copy = on_host.get(key, (lambda: None, None))
+            if reference() is not storage:
                 with allocation_category(HOST):
-                    copy = torch.empty_like(tensor, device="cpu", pin_memory=pinned or None)
-                self.last = weakref.ref(storage), copy.copy_(tensor, non_blocking=pinned)
-                self.moved += tensor.nbytes
-            return self.last[1].view_as(tensor), tensor.device
+                    copy = torch.empty_like(row, device="cpu", pin_memory=row.is_cuda or None)
+                copy.copy_(row, non_blocking=row.is_cuda)
+                self.moved += copy.nbytes
+                on_host[key] = weakref.ref(storage, lambda _: on_host.pop(key, None)), copy
+            place = (tensor.shape, tensor.stride(), tensor.storage_offset() - row.storage_offset())
+            return copy, tensor.dtype, place, tensor.device
 
-        def unpack(packed: tuple[torch.Tensor, torch.device | None]) -> torch.Tensor:
-            saved, device = packed
-            if device is None:
-                return saved
-            self.moved += saved.nbytes
-            back = torch.empty_like(saved, device=device)
-            return back.copy_(saved, non_blocking=saved.is_pinned())
+        def unpack(packed: object) -> torch.Tensor:
+            if torch.is_tensor(packed):
+                return packed
+            copy, dtype, place, device = packed
+            self.moved += copy.nbytes
+            back = torch.empty_like(copy, device=device)
+            back.copy_(copy, non_blocking=copy.is_pinned())
+            return back.view(dtype).as_strided(*place)
 
-        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+        on_host.clear()
+
+
+def _in_a_row(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's elements, or else all of its storage's, in one row."""
+    if tensor.is_contiguous():
+        return tensor.detach().view(-1)
+    length = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return tensor.detach().as_strided((length,), (1,), 0)

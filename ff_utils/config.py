@@ -19,7 +19,7 @@ ORIGINAL_LOSSES = {  # names of the original package for the same losses
     "loss_fn": "linear",
 }
 NORMALISATIONS = ("length", "mean_square")
-OPTIMIZERS = ("adam", "sgd")
+OPTIMIZERS = ("adam", "adam_8bit", "sgd")
 LABELS = ("joined", "pixels", "none")
 SCHEDULES = ("joint", "layerwise")
 NEGATIVES = ("random", "hard", "rollout")
@@ -35,7 +35,7 @@ class LayerConfig:
     loss: one of LOSSES, or the original package's name for it.
     threshold: the goodness theta that separates positive from negative; not used by "pairwise".
     sharpness: what goodness is multiplied by before the loss.
-    optimizer: "adam" or "sgd".
+    optimizer: "adam", "sgd", or "adam_8bit", whose moments have 8 bits (not offloaded).
     weight_decay: share of the learning rate by which weights shrink in a step (AdamW).
     """
 

@@ -16,7 +16,7 @@ from torch import nn
 from ff_utils.config import FFConfig, LayerConfig
 from ff_utils.ff.layers import FFLayer, split_batch
 from ff_utils.ff.negatives import FactoredInput
-from ff_utils.ff.network import ForwardForward
+from ff_utils.ff.network import ForwardForward, Repeated
 from ff_utils.utils import HOST, allocation_category, check_number, user_path
 
 ALIGNMENT = 64  # elements: tensors in a slot start where libraries take their fastest kernels
@@ -140,6 +140,10 @@ class Slots:
 
     def take(self, number: int, layer: FFLayer) -> FFLayer:
         """Write a new layer's tensors to the store and let the layer read the slots instead."""
+        if layer.config.optimizer == "adam_8bit":
+            raise ValueError(
+                "optimizer is 'adam_8bit', which can't be offloaded: take 'adam' or 'sgd'."
+            )
         pieces = [("weights", self.weights[self._slot(number, "weights")], WEIGHTS)]
         if self.moments is not None:
             pieces.append(("moments", self.moments, MOMENTS))
@@ -301,7 +305,13 @@ class OffloadedForwardForward(_Offloaded, ForwardForward):
         """Activations cached in the store, read one at a time; or recomputed each time."""
         if self.config.recompute:
             return super().cache_activations(h, depth)
-        return _Cached(self.slots.store, self.activations(h, depth))
+        store, empty, rows = self.slots.store, self.grad_buffer.new_empty, len(h)
+        for number, y in enumerate(self.activations(h, depth)):
+            store.write(f"kept.{number}", y)
+        widths = list(enumerate(self.hidden[:depth]))
+        return Repeated(
+            lambda: (store.read(f"kept.{k}", empty(rows, width)) for k, width in widths)
+        )
 
     def step_in_parts(
         self, h: torch.Tensor, positives: int, learning_rate: float, micro_batches: int
@@ -310,17 +320,18 @@ class OffloadedForwardForward(_Offloaded, ForwardForward):
 
         h: (rows, inputs), normalised; left as it is. Returns the layers' losses (layers,).
         """
-        losses, parts = [], split_batch(len(h), positives, micro_batches)
-        store, last = self.slots.store, len(self.layers) - 1
+        pairs = self.config.loss == "pairwise"
+        losses, parts = [], split_batch(len(h), positives, micro_batches, pairs)
+        store, last, rows = self.slots.store, len(self.layers) - 1, []
         for number, layer in enumerate(self.iter_layers(range(last + 1), update=True)):
             dw = self.grad_buffer[: layer.weight.numel()].view_as(layer.weight)
             db, total = torch.empty_like(layer.bias), 0
             for p, part in enumerate(parts):
                 if number == 0:
                     x = h[part.rows].clone()
+                    rows.append(len(x))
                 else:
-                    rows = part.rows.stop - part.rows.start
-                    x = store.read(f"rows.{p}", h.new_empty(rows, layer.in_features))
+                    x = store.read(f"rows.{p}", h.new_empty(rows[p], layer.in_features))
                 y, loss = layer.add_gradient(x, part, dw, db)
                 if number < last:
                     store.write(f"rows.{p}", y)
@@ -329,21 +340,6 @@ class OffloadedForwardForward(_Offloaded, ForwardForward):
             layer.optimizer.update([dw, db], learning_rate)
             losses.append(total)
         return torch.stack(losses)
-
-
-class _Cached:
-    """Tensors in a store, in the order they came; they can be read more than once."""
-
-    def __init__(self, store: MemoryStore | FileStore, tensors: Iterable[torch.Tensor]) -> None:
-        self.store, self.like = store, []
-        for number, tensor in enumerate(tensors):
-            store.write(f"kept.{number}", tensor)
-            kind = {"dtype": tensor.dtype, "device": tensor.device}
-            self.like.append({"size": tensor.shape} | kind)
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        for number, kind in enumerate(self.like):
-            yield self.store.read(f"kept.{number}", torch.empty(**kind))
 
 
 class OffloadedBackprop(_Offloaded):

@@ -11,7 +11,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from ff_utils.backprop import TORCH_OPTIMIZERS, RowNormalisation
+from ff_utils.backprop import RowNormalisation
+from ff_utils.optimizers import TORCH_OPTIMIZERS
 from ff_utils.utils import allocation_category
 
 # A positive and a negative copy of MNIST's training set, whose activations it caches.

@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy, softplus
 from torch.optim.adam import adam
 
 from ff_utils.config import ORIGINAL_LOSSES, LayerConfig
-from ff_utils.utils import check_number
+from ff_utils.optimizers import ADAM, moments_8bit, update_8bit
+from ff_utils.utils import allocation_category, check_number
 
 if TYPE_CHECKING:
     from ff_utils.ff.negatives import FactoredInput
@@ -89,23 +90,33 @@ LOSS_FUNCTIONS |= {"linear": linear_loss, "pairwise": pairwise_loss}
 
 
 class Part(NamedTuple):
-    """Some rows of a batch, of which the first `positives` are positive.
+    """Some rows of a batch: which, and how many of them are positive, which come first.
 
     counts: all positive and all negative rows of the batch: the loss is a mean over each.
     """
 
-    rows: slice
+    rows: slice | torch.Tensor
     positives: int
     counts: tuple[int, int]
+    first: bool
 
 
-def split_batch(rows: int, positives: int, micro_batches: int = 1) -> list[Part]:
-    """The parts of a batch of `rows` rows, the first `positives` of them positive."""
-    parts, size = [], -(-rows // micro_batches)
+def split_batch(
+    rows: int, positives: int, micro_batches: int = 1, pairs: bool = False
+) -> list[Part]:
+    """The parts of a batch of `rows` rows, the first `positives` of them positive.
+
+    pairs: a part has the positive and the negative rows of some pairs, for a loss that compares
+        them. Their rows are not side by side in memory: a part is a copy.
+    """
+    counts, parts, size = (positives, rows - positives), [], -(-rows // micro_batches)
+    if pairs and micro_batches > 1:
+        chosen = torch.arange(positives).chunk(micro_batches)
+        return [Part(torch.cat([p, p + positives]), len(p), counts, p is chosen[0]) for p in chosen]
     for start in range(0, rows, size):
         stop = min(start + size, rows)
         here = min(max(positives - start, 0), stop - start)
-        parts.append(Part(slice(start, stop), here, (positives, rows - positives)))
+        parts.append(Part(slice(start, stop), here, counts, start == 0))
     return parts
 
 
@@ -159,13 +170,13 @@ class FFLayer(nn.Module):
     def local_loss(self, g: torch.Tensor, part: Part) -> Two:
         """Loss () of the goodness (rows,) of a part of a batch; its derivative in g (rows,).
 
-        ValueError where the loss is "pairwise" and the part is not a whole batch of pairs.
+        ValueError where the loss is "pairwise" and the part is not half positive.
         """
         (positive, negative), sharpness = part.counts, self.config.sharpness
         if self.loss is pairwise_loss:
-            if not len(g) == 2 * part.positives == 2 * positive:
-                raise ValueError("loss 'pairwise' needs whole batches, half of them positive.")
-            value, slope = pairwise_loss(g * sharpness, positive)
+            if len(g) != 2 * part.positives:
+                raise ValueError("loss 'pairwise' needs a negative row for each positive one.")
+            value, slope = pairwise_loss(g * sharpness, part.positives)
             return value.sum() / positive, slope.mul_(sharpness / positive)
         x = (g - self.config.threshold).mul_(sharpness)
         value_positive, slope_positive = self.loss(x[: part.positives], 1.0)
@@ -188,7 +199,8 @@ class FFLayer(nn.Module):
            negative. OVERWRITTEN: its memory is used for the gradient. Or a `FactoredInput`.
         grad_buffer: scratch memory of at least as many elements as the weight, shared by layers.
         micro_batches: parts the rows are taken in. With more than one, the output takes the
-            input's memory where the widths are equal: one activation, and a part of one.
+            input's memory where the widths are equal: one activation, and a part of one (two parts
+            with pairs).
 
         With g = mean_j y_j^2 and L = mean over positives + mean over negatives of the loss,
             dL/dz = (dL/dg) 2 y / out_features     (ReLU's derivative is 1 wherever y > 0)
@@ -199,7 +211,7 @@ class FFLayer(nn.Module):
         """
         dw = grad_buffer[: self.weight.numel()].view_as(self.weight)
         db = torch.empty_like(self.bias)
-        parts = split_batch(len(h), positives, micro_batches)
+        parts = split_batch(len(h), positives, micro_batches, self.loss is pairwise_loss)
         if micro_batches == 1:
             output, loss = self.add_gradient(h, parts[0], dw, db)
         else:
@@ -221,7 +233,7 @@ class FFLayer(nn.Module):
         h: the part's rows, OVERWRITTEN; or a `FactoredInput`, which is a whole batch.
         Returns the rows' normalised output and their share of the loss.
         """
-        beta = 0.0 if part.rows.start == 0 else 1.0
+        beta = 0.0 if part.first else 1.0
         y = self(h)
         divisor = self.normalise_(y)
         g = self.goodness_of(divisor.clone())
@@ -323,11 +335,6 @@ class SGD:
             p.add_(gradient, alpha=-learning_rate)
 
 
-# PyTorch's defaults, in one fused operation that makes no temporary.
-ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "fused": True, "decoupled_weight_decay": True}
-ADAM |= {"amsgrad": False, "maximize": False}
-
-
 class Adam(SGD):
     """Adam on a module's `weight` and `bias`, its state in the module's buffers.
 
@@ -356,4 +363,25 @@ class Adam(SGD):
         adam(parameters, gradients, first, second, [], steps, **moving, **ADAM)
 
 
-OPTIMIZERS = {"adam": Adam, "sgd": SGD}
+class Adam8bit(SGD):
+    """`optimizers.Adam8bit` on a module's `weight` and `bias`, its state in buffers."""
+
+    def __init__(self, module: nn.Module, weight_decay: float = 0.0) -> None:
+        super().__init__(module, weight_decay)
+        self.states = {}
+        for name in ("weight", "bias"):
+            state = moments_8bit(getattr(module, name))
+            self.states[name] = {part: f"{name}_{part}" for part in state}
+            for part, tensor in state.items():
+                module.register_buffer(f"{name}_{part}", tensor)
+
+    def update(self, gradients: list[torch.Tensor], learning_rate: float) -> None:
+        """One step along the gradients of weight and bias."""
+        with allocation_category("temporaries"):
+            for (name, parts), gradient in zip(self.states.items(), gradients, strict=True):
+                state = {part: getattr(self.module, buffer) for part, buffer in parts.items()}
+                p = getattr(self.module, name)
+                update_8bit(p, gradient, state, learning_rate, self.weight_decay)
+
+
+OPTIMIZERS = {"adam": Adam, "adam_8bit": Adam8bit, "sgd": SGD}

@@ -1,9 +1,10 @@
 """What a step's peak must be, for the arms whose formula a reader can derive.
 
 With W the bytes of all weights and biases, w those of a hidden layer, A one hidden activation, I
-the images, L the depth, and 3 W for weights and Adam's two moments (1 W with SGD). Row vectors,
-logits and step counts are left out: where activations and weights matter a formula is within 1 %.
-It is an oracle for the simulation, which knows every arm exactly.
+the images, L the depth, and 3 W for weights and Adam's two moments (1 W with SGD, about 1.5 W with
+moments of 8 bits and weights of 32). Row vectors, logits, step counts and the chunk that 8-bit Adam
+unpacks are left out: where activations and weights matter a formula is within 1 %. It is an oracle
+for the simulation, which knows every arm exactly.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 
 from ff_utils.memory.arms import Sizes
 from ff_utils.memory.steps import MOST_PARTS
+from ff_utils.optimizers import BLOCK
 from ff_utils.original import DATASET_ROWS
 
 
@@ -20,7 +22,7 @@ from ff_utils.original import DATASET_ROWS
 class _Bytes:
     """The terms of the formulas, in bytes, and how often weights are there with their moments."""
 
-    copies: int
+    copies: float
     first: int
     layer: int
     classifier: int
@@ -41,8 +43,10 @@ class _Bytes:
 
 def _terms(s: Sizes, more_inputs: int = 0) -> _Bytes:
     element = getattr(torch, s.precision).itemsize
+    packed = (1 + 4 / BLOCK) / element  # a byte a number, and a scale for each block
+    moments = {"adam": 2, "adam_8bit": 2 * packed, "sgd": 0}[s.optimizer]
     return _Bytes(
-        copies=3 if s.optimizer == "adam" else 1,
+        copies=1 + moments,
         first=element * (s.pixels + more_inputs + 1) * s.hidden,
         layer=element * (s.hidden + 1) * s.hidden,
         classifier=element * (s.hidden + 1) * s.classes,
@@ -52,7 +56,7 @@ def _terms(s: Sizes, more_inputs: int = 0) -> _Bytes:
     )
 
 
-def backprop(s: Sizes) -> int:
+def backprop(s: Sizes) -> float:
     """Where the backward pass starts: every activation, and two gradients of one or one and a
     layer's. Where it ends: the gradients of all weights."""
     t = _terms(s)
@@ -63,7 +67,7 @@ def backprop(s: Sizes) -> int:
     return t.copies * weights + t.images + max(start, end)
 
 
-def best_remedies(s: Sizes) -> int:
+def best_remedies(s: Sizes) -> float:
     """One layer's gradient and three activations; or the same of a sixteenth of the batch, and
     the gradients of all layers, which are added up from part to part."""
     t = _terms(s)
@@ -77,7 +81,7 @@ def best_remedies(s: Sizes) -> int:
     return t.copies * weights + t.images + min(one_layer(t.activation), in_parts)
 
 
-def ff(s: Sizes) -> int:
+def ff(s: Sizes) -> float:
     """One layer's gradient, its input and its output."""
     t = _terms(s)
     return t.copies * t.layers + t.largest + t.images + _input_and_output(t)
@@ -88,7 +92,7 @@ def _input_and_output(t: _Bytes) -> int:
     return max(t.images + t.activation, inner)
 
 
-def ff_hard_negatives(s: Sizes) -> int:
+def ff_hard_negatives(s: Sizes) -> float:
     """As FF, or the forward pass that predicts the class: an activation of every layer and what
     the image adds to the first layer, for the images, which are half of the rows."""
     t = _terms(s)
@@ -99,21 +103,21 @@ def ff_hard_negatives(s: Sizes) -> int:
     return stays + max(predicted + softmax, step)
 
 
-def ff_streamed(s: Sizes) -> int:
+def ff_streamed(s: Sizes) -> float:
     """Weights of two layers, moments and gradient of one, its input and its output."""
     t = _terms(s)
     copies = min(2, t.depth) + t.copies  # weights twice, moments, one gradient
     return copies * t.largest + t.images + _input_and_output(t)
 
 
-def ff_layerwise(s: Sizes) -> int:
+def ff_layerwise(s: Sizes) -> float:
     """Weights, moments and gradient of one layer, its input and its output; of the images, only
     the fortieth that it is evaluated on."""
     t = _terms(s)
     return (t.copies + 1) * t.largest + _input_and_output(t) + t.images // 40
 
 
-def backprop_seed(s: Sizes) -> int:
+def backprop_seed(s: Sizes) -> float:
     """Two activations a layer, and every gradient through the forward pass; or what the backward
     pass of the last or the first normalisation takes; or two temporaries of Adam's update."""
     t = _terms(s)
@@ -127,7 +131,7 @@ def backprop_seed(s: Sizes) -> int:
     return t.copies * weights + t.images + max(moments)
 
 
-def ff_seed(s: Sizes) -> int:
+def ff_seed(s: Sizes) -> float:
     """Weights, their moments and gradients, and the data set's activations in and out of the
     last layer; the output of a batch on top."""
     t = _terms(s, more_inputs=s.classes)
@@ -136,7 +140,7 @@ def ff_seed(s: Sizes) -> int:
     return (t.copies + 1) * t.layers + numbers * t.activation // (s.batch * s.hidden)
 
 
-FORMULAS: dict[str, Callable[[Sizes], int]] = {
+FORMULAS: dict[str, Callable[[Sizes], float]] = {
     "backprop": backprop,
     "backprop_frugal": best_remedies,
     "backprop_seed": backprop_seed,
@@ -150,4 +154,4 @@ FORMULAS: dict[str, Callable[[Sizes], int]] = {
 
 def predict(arm: str, s: Sizes) -> int | None:
     """Peak bytes of a training step on the device; None for an arm without a formula."""
-    return FORMULAS[arm](s) if arm in FORMULAS else None
+    return round(FORMULAS[arm](s)) if arm in FORMULAS else None

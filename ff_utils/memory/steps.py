@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from ff_utils import original
-from ff_utils.backprop import TORCH_OPTIMIZERS, Backprop, mlp
+from ff_utils.backprop import Backprop, mlp
 from ff_utils.config import Batch, FFConfig, LocalConfig, RecurrentConfig, TrainConfig
 from ff_utils.ff.local import LocalForwardForward
 from ff_utils.ff.network import ForwardForward
@@ -18,6 +18,7 @@ from ff_utils.ff.recurrent import RecurrentForwardForward
 from ff_utils.memory.arms import ARMS, IMAGE, TEXT, Arm, Sizes
 from ff_utils.memory.tracker import MemoryTracker, track_step
 from ff_utils.offload import OffloadedBackprop, OffloadedForwardForward
+from ff_utils.optimizers import TORCH_OPTIMIZERS
 from ff_utils.utils import HOST
 
 RATE = 1e-3

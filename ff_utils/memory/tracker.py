@@ -142,5 +142,5 @@ def track_step(
 def _buffer_category(name: str) -> str:
     if name.endswith("grad_buffer"):
         return "gradients"
-    is_state = name.endswith(("_moment", "_steps", "confusion"))
+    is_state = name.endswith(("_moment", "_scale", "_steps", "confusion"))
     return "optimizer_state" if is_state else "parameters"
