@@ -13,11 +13,6 @@ if TYPE_CHECKING:  # sweeps and command lines read settings without PyTorch
     import torch
 
 LOSSES = ("softplus", "probabilistic", "linear", "pairwise")
-ORIGINAL_LOSSES = {  # names of the original package for the same losses
-    "alternative_loss_fn": "softplus",
-    "probabilistic_loss_fn": "probabilistic",
-    "loss_fn": "linear",
-}
 NORMALISATIONS = ("length", "mean_square")
 OPTIMIZERS = ("adam", "adam_8bit", "sgd")
 LABELS = ("joined", "pixels", "none")
@@ -32,7 +27,7 @@ class LayerConfig:
 
     normalisation: of each row: "length" divides by the Euclidean norm (the original package),
         "mean_square" by the root mean square (Hinton).
-    loss: one of LOSSES, or the original package's name for it.
+    loss: one of LOSSES; `ff.layers` has their formulas.
     threshold: the goodness theta that separates positive from negative; not used by "pairwise".
     sharpness: what goodness is multiplied by before the loss.
     optimizer: "adam", "sgd", or "adam_8bit", whose moments have 8 bits (not offloaded).
@@ -49,7 +44,7 @@ class LayerConfig:
     def __post_init__(self) -> None:
         """ValueError for a value out of range."""
         check_choice("normalisation", self.normalisation, NORMALISATIONS)
-        check_choice("loss", self.loss, (*LOSSES, *ORIGINAL_LOSSES))
+        check_choice("loss", self.loss, LOSSES)
         check_number("threshold", self.threshold, 0, above=True)
         check_number("sharpness", self.sharpness, 0, above=True)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)

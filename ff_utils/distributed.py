@@ -44,14 +44,20 @@ from ff_utils.data import DataNotFoundError, Dataset, load_dataset, test_batches
 from ff_utils.ff.layers import FFLayer
 from ff_utils.ff.negatives import random_negatives
 from ff_utils.ff.network import EVALUATION_ROWS, ForwardForward, named_losses
-from ff_utils.training import batches, check_finite, check_fit, decay_factor
+from ff_utils.training import (
+    batches,
+    check_finite,
+    check_fit,
+    check_same_run,
+    learning_rate,
+    load_state,
+    save_state,
+)
 from ff_utils.utils import (
     ROOT,
     check_ints,
     check_number,
     format_bytes,
-    relative,
-    replace_file,
     track,
     user_path,
     write_text,
@@ -60,7 +66,6 @@ from ff_utils.utils import (
 IN_FLIGHT = 2  # batches that a rank has, or will have next, from the rank below
 TIMED = 40  # batches whose times are recorded
 TIMEOUT = 300.0  # seconds to wait for a neighbour
-OLD_NAMES = {"theta": "threshold", "scale": "sharpness"}  # in checkpoints and on command lines
 
 
 @dataclass(frozen=True)
@@ -258,8 +263,7 @@ class LayerShard(ForwardForward):
         inputs = self._inputs(self._samples(), 2 * samples, 2 * config.batch_size)
         for number, h in enumerate(inputs):
             begun = time.perf_counter()
-            done = (epoch - 1 + number / count) / config.epochs
-            rate = config.learning_rate * decay_factor(done, config.decay)
+            rate = learning_rate(config, (epoch - 1) * count + number, config.epochs * count)
             positives, losses = len(h) // 2, []
             for layer in self.own_layers():
                 h, loss = layer.step(h, positives, rate, self.grad_buffer)
@@ -358,7 +362,7 @@ def train(settings: Settings, ranks: Ranks, checkpoint: Path | None = None) -> d
     shard = LayerShard(settings, ranks, data if first else sizes)
     if run["epoch"]:
         for number in shard.mine:
-            state = _load(checkpoint / f"epoch-{run['epoch']}.layer-{number}", ranks.device)
+            state = load_state(checkpoint / f"epoch-{run['epoch']}.layer-{number}", ranks.device)
             shard.layers[number].load_state_dict(state)
         shard.generator.set_state(run["generator"])
     work = {"busy": None, "timeline": []}
@@ -371,10 +375,10 @@ def train(settings: Settings, ranks: Ranks, checkpoint: Path | None = None) -> d
         if checkpoint:
             for number in shard.mine:
                 state = shard.layers[number].state_dict()
-                _save(state, checkpoint / f"epoch-{epoch}.layer-{number}")
+                save_state(state, checkpoint / f"epoch-{epoch}.layer-{number}")
             ranks.gather()  # all are written
             if first:
-                _save(run, checkpoint / f"epoch-{epoch}.run")
+                save_state(run, checkpoint / f"epoch-{epoch}.run")
                 for path in [*checkpoint.glob("epoch-*"), *checkpoint.glob(".epoch-*")]:
                     if not path.name.startswith(f"epoch-{epoch}."):
                         path.unlink()
@@ -415,28 +419,9 @@ def _prepare(settings: Settings, ranks: Ranks, checkpoint: Path | None) -> tuple
     if checkpoint:
         checkpoint.mkdir(parents=True, exist_ok=True)
         found = {int(path.stem.split("-")[1]): path for path in checkpoint.glob("epoch-*.run")}
-        run = _load(found[max(found)]) if found else run
-        then = {OLD_NAMES.get(name, name): v for name, v in run.get("settings", given).items()}
-        for name, value in given.items():
-            if then.get(name) != value:
-                raise ValueError(
-                    f"{name} is {value!r}, but {relative(checkpoint)} holds a training where it "
-                    f"is {then.get(name)!r}: give that, or another folder."
-                )
+        run = load_state(found[max(found)]) if found else run
+        check_same_run(checkpoint, run.get("settings", given), given)
     return data.to(ranks.device), run | {"settings": given}
-
-
-def _save(state: dict, path: Path) -> None:
-    replace_file(path, lambda temporary: torch.save(state, temporary))
-
-
-def _load(path: Path, device: torch.device | str = "cpu") -> dict:
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch.load has many ways to say that a file is not whole
-        raise ValueError(
-            f"{relative(path)} is missing or not whole: empty its folder to start again."
-        ) from error
 
 
 # --- What backprop would do -----------------------------------------------------------------
@@ -533,17 +518,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="torchrun -m ff_utils.distributed", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for field in fields(Settings):
-        names = [field.name, *(old for old, new in OLD_NAMES.items() if new == field.name)]
-        options = [f"--{name.replace('_', '-')}" for name in names]
         kind = {"type": type(field.default)}
         if field.name == "hidden":
             kind = {"type": int, "nargs": "+"}
-        parser.add_argument(*options, default=field.default, **kind)
+        option = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(option, default=field.default, **kind)
     parser.add_argument("--checkpoint", type=user_path, help="a folder to keep every epoch in")
     parser.add_argument("--record", type=user_path, help="a file for the record, as JSON")
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
-    timeout = {"default": TIMEOUT, "help": "seconds to wait for another rank"}
-    parser.add_argument("--timeout", "--patience", type=float, **timeout)
+    help_timeout = "seconds to wait for another rank"
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, help=help_timeout)
     parser.add_argument("--end-with", type=int, help="id of a process not to outlive")
     if int(os.environ.get("RANK", 0)) > 0:
         parser.error = lambda _: sys.exit(2)  # the first rank says it

@@ -3,13 +3,13 @@
 import json
 import math
 import os
-import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -50,18 +50,16 @@ def fit(
     settings |= {"data": data.checksum, "images": len(data.train_labels)}
     saved = Checkpoint(checkpoint, network, generator, settings)
     rows, total = saved.load(), len(stages) * config.epochs
-    batch_count = -(-len(data.train_labels) // config.batch_size)
+    steps = -(-len(data.train_labels) // config.batch_size)
     numbers = range(len(rows), total)
     for number in numbers if quiet else track(numbers, "epoch", len(rows), total):
         stage, epoch = stages[number // config.epochs], number % config.epochs + 1
         start, sums, counts = time.perf_counter(), {}, Counter()
         epoch_batches = batches(data, config.batch_size, generator, config.random_shift)
-        for step, (images, labels) in enumerate(epoch_batches):
-            done = ((epoch - 1) * batch_count + step) / (config.epochs * batch_count)
-            rate = config.learning_rate * decay_factor(done, config.decay)
+        for step, (images, labels) in enumerate(epoch_batches, start=(epoch - 1) * steps):
+            rate = learning_rate(config, step, config.epochs * steps)
             batch = Batch(images, labels, rate, generator, config, stage)
-            losses = network.train_batch(batch)
-            for name, loss in losses.items():
+            for name, loss in network.train_batch(batch).items():
                 sums[name] = sums.get(name, 0) + loss
                 counts[name] += 1
         means = {name: float(loss / counts[name]) for name, loss in sums.items()}
@@ -91,43 +89,51 @@ class Checkpoint:
         """Take up the run that is in the file; its history, empty without a file."""
         if self.path is None or not self.path.exists():
             return []
-        name = relative(self.path)
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            then, rows = json.loads(state["settings"]), json.loads(state["rows"])
-        except OSError as error:
-            raise ValueError(f"{name} can't be read: {error.strerror}.") from error
-        except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{name} is not a whole checkpoint: delete it.") from error
-        now = json.loads(self.settings)
-        for setting in {**now, **then}:
-            if then.get(setting) != now.get(setting):
-                raise ValueError(
-                    f"{name} is of a run whose {setting} is {then.get(setting)!r}, not "
-                    f"{now.get(setting)!r}: delete it or give another checkpoint."
-                )
+        state = load_state(self.path)
+        check_same_run(self.path, json.loads(state["settings"]), json.loads(self.settings))
         for part, values in zip(self.parts, state["states"], strict=True):
             part.load_state_dict(values)
         self.generator.set_state(state["generator"])
-        return rows
+        return json.loads(state["rows"])
 
     def save(self, rows: list[dict]) -> None:
-        """Write the run as it is now, whole or not at all."""
-        if self.path is None:
-            return
-        state = {
-            "settings": self.settings,
-            "rows": json.dumps(rows),
-            "states": [part.state_dict() for part in self.parts],
-            "generator": self.generator.get_state(),
-        }
-        try:
-            replace_file(self.path, lambda temporary: torch.save(state, temporary))
-        except (OSError, RuntimeError) as error:  # PyTorch's own writer raises the latter
-            raise OSError(
-                f"{relative(self.path)} could not be written ({error}): make room on its disk or "
-                "give another place; the last whole checkpoint is still there."
-            ) from error
+        """Write the run as it is now."""
+        if self.path:
+            states = [part.state_dict() for part in self.parts]
+            state = {"settings": self.settings, "rows": json.dumps(rows), "states": states}
+            save_state(state | {"generator": self.generator.get_state()}, self.path)
+
+
+def save_state(state: dict, path: Path) -> None:
+    """Write `state` to a file, whole or not at all; OSError that says what to do."""
+    try:
+        replace_file(path, lambda temporary: torch.save(state, temporary))
+    except (OSError, RuntimeError) as error:  # PyTorch's own writer raises the latter
+        raise OSError(
+            f"{relative(path)} could not be written ({error}): make room on its disk or give "
+            "another place; the last whole checkpoint is still there."
+        ) from error
+
+
+def load_state(path: Path, device: torch.device | str = "cpu") -> dict:
+    """What `save_state` wrote; ValueError for a file that is missing or not whole."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load has many ways to say that a file is not whole
+        raise ValueError(
+            f"{relative(path)} is not a whole checkpoint: delete it, or empty its folder if that "
+            "holds one run, to start again."
+        ) from error
+
+
+def check_same_run(path: Path, then: dict, now: dict) -> None:
+    """ValueError for the first setting of the run in `path` that is another one now."""
+    for name in {**now, **then}:
+        if then.get(name) != now.get(name):
+            raise ValueError(
+                f"{relative(path)} is of a run whose {name} is {then.get(name)!r}, not "
+                f"{now.get(name)!r}: delete it or give another checkpoint."
+            )
 
 
 def fit_greedy_cached(
@@ -169,7 +175,7 @@ def fit_greedy_cached(
         for epoch in epochs if quiet else track(epochs, "epoch", len(rows), depth * config.epochs):
             start, total = time.perf_counter(), 0
             for number in torch.randperm(len(sizes), generator=generator).tolist():
-                rate = config.learning_rate * decay_factor(done / steps, config.decay)
+                rate = learning_rate(config, done, steps)
                 positives = sizes[number] // 2
                 _, loss = layer.step(cached(number, width), positives, rate, network.grad_buffer)
                 total, done = total + loss, done + 1
@@ -292,9 +298,10 @@ def check_fit(data: Dataset, config: TrainConfig) -> None:
         raise ValueError(f"{data.name} has one class only; give data with at least two.")
 
 
-def decay_factor(done: float, decay: str) -> float:
-    """Factor on the learning rate after a share `done` (0 to 1) of the run."""
-    return min(1.0, 2 * (1 - done)) if decay == "linear" else 1.0
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """The learning rate of step `step`, from 0, of a run of `steps`."""
+    decays = config.decay == "linear"
+    return config.learning_rate * (min(1.0, 2 * (1 - step / steps)) if decays else 1.0)
 
 
 def check_finite(losses: dict[str, float], epoch: int) -> None:

@@ -1,7 +1,6 @@
 import itertools
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -172,7 +171,7 @@ def test_checkpoint_survives_a_kill_while_it_is_written(alone, tmp_path, monkeyp
     short = replace(LONG, epochs=4)
     whole = distributed.train(short, alone, tmp_path / "whole")
     for victim in ("epoch-3.layer-1", "epoch-3.run", "epoch-2.layer-0"):
-        folder, save = tmp_path / victim, distributed._save
+        folder, save = tmp_path / victim, distributed.save_state
 
         def killed(state, path, victim=victim, save=save):
             if path.name == victim:
@@ -181,7 +180,7 @@ def test_checkpoint_survives_a_kill_while_it_is_written(alone, tmp_path, monkeyp
             save(state, path)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(distributed, "_save", killed)
+            patch.setattr(distributed, "save_state", killed)
             distributed.train(short, alone, folder)
         again = distributed.train(short, alone, folder)
         assert again["layers"] == whole["layers"] and again["test_error"] == whole["test_error"]
@@ -202,9 +201,9 @@ def test_settings_out_of_range_are_refused_in_one_sentence(alone, tmp_path, monk
     short = replace(LONG, epochs=1)
     distributed.train(short, alone, tmp_path)
     changed = asdict(short) | {"seed": 1}
-    refused("seed is 1, but .* holds a training where it is 0", tmp_path, **changed)
+    refused("is of a run whose seed is 0, not 1: delete it", tmp_path, **changed)
     (tmp_path / "epoch-1.layer-2").write_bytes(b"short")
-    refused("epoch-1.layer-2 is missing or not whole", tmp_path, epochs=1)
+    refused("epoch-1.layer-2 is not a whole checkpoint: delete it", tmp_path, epochs=1)
     (tmp_path / "file").touch()
     refused("file", tmp_path / "file", epochs=1)
     monkeypatch.setattr(alone, "size", 4)
@@ -244,27 +243,6 @@ def test_rank_that_waits_where_python_handles_no_signal_ends_after_sigterm():
     time.sleep(0.5)
     run.terminate()
     assert run.wait(timeout=30) == 1
-
-
-def test_old_names_of_settings_are_read(alone, tmp_path, monkeypatch):
-    settings = replace(LONG, epochs=1, hidden=(8,), threshold=2.0, sharpness=3.0)
-    expected = distributed.train(settings, alone, tmp_path / "kept")
-    (run,) = (tmp_path / "kept").glob("*.run")
-    state = torch.load(run)
-    for old, name in (("theta", "threshold"), ("scale", "sharpness")):
-        state["settings"][old] = state["settings"].pop(name)
-    torch.save(state, run)
-    again = distributed.train(settings, alone, tmp_path / "kept")
-    assert again["settings"] == expected["settings"] and again["layers"] == expected["layers"]
-    given = []
-    monkeypatch.setattr(distributed, "Ranks", lambda timeout: given.append(timeout) or alone)
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    options = ["--dataset", "digits", "--train-size", "300", "--hidden", "8", "--epochs", "1"]
-    options += ["--batch-size", "40", "--theta", "2", "--scale", "3", "--patience", "7"]
-    distributed.main([*options, "--record", str(tmp_path / "record")])
-    record = json.loads((tmp_path / "record").read_text())
-    assert record["layers"] == expected["layers"] and given == [7]
 
 
 def test_partition_is_as_even_as_whole_layers_allow():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import softplus
 
-from ff_utils.config import NORMALISATIONS, ORIGINAL_LOSSES, LayerConfig
+from ff_utils.config import NORMALISATIONS, LayerConfig
 from ff_utils.ff import layers
 from ff_utils.ff.layers import FFLayer, SoftmaxClassifier, split_batch
 
@@ -73,10 +73,10 @@ def test_step_has_autograds_gradient_to_1e_10(normalisation, loss, positives):
     assert torch.allclose(output, y)
 
 
-@pytest.mark.parametrize(("positives", "micro_batches"), [(5, 1), (6, 2)])
-def test_pairwise_loss_refuses_parts_of_pairs(positives, micro_batches):
-    with pytest.raises(ValueError, match="'pairwise' needs whole batches, half of them positive"):
-        make(loss="pairwise").step(rows(), positives, 0.1, scratch(), micro_batches)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_pairwise_loss_refuses_what_is_not_in_pairs(micro_batches):
+    with pytest.raises(ValueError, match="'pairwise' needs a negative row for each positive one"):
+        make(loss="pairwise").step(rows(), 5, 0.1, scratch(), micro_batches)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.4])
@@ -121,13 +121,6 @@ def test_softplus_loss_stays_finite_where_exponentials_do_not():
     for sign in (1.0, -1.0):
         value, slope = layers.softplus_loss(x, sign)
         assert value.isfinite().all() and slope.isfinite().all()
-
-
-def test_originals_names_mean_the_same_losses_and_others_are_refused():
-    for theirs, ours in ORIGINAL_LOSSES.items():
-        assert make(loss=theirs).loss is layers.LOSS_FUNCTIONS[ours]
-    with pytest.raises(ValueError, match="loss is 'hinge'; choose one of: softplus"):
-        make(loss="hinge")
 
 
 def test_probabilistic_loss_teaches_least_where_it_should_most():
@@ -197,27 +190,31 @@ def test_confusion_moves_towards_the_mean_prediction_for_each_class():
     assert torch.allclose(classifier.confusion[2], 0.9 * third + 0.1 * predicted[2])
 
 
-def test_parts_hold_every_row_once_and_count_the_positive_ones():
-    for micro_batches in (1, 2, 5, 12):
-        parts = split_batch(12, 5, micro_batches)
-        numbers = list(range(12))
-        assert [n for part in parts for n in numbers[part.rows]] == numbers
-        assert len(parts) <= micro_batches
-        for part in parts:
-            assert part.positives == sum(n < 5 for n in numbers[part.rows])
-            assert part.counts == (5, 7)
+@pytest.mark.parametrize(("positives", "pairs"), [(5, False), (6, True)])
+@pytest.mark.parametrize("micro_batches", [1, 2, 5, 12])
+def test_parts_hold_every_row_once_and_whole_pairs_where_they_must(micro_batches, positives, pairs):
+    parts, numbers = split_batch(12, positives, micro_batches, pairs), torch.arange(12)
+    held = [numbers[part.rows].tolist() for part in parts]
+    assert sorted(itertools.chain(*held)) == numbers.tolist() and len(parts) <= micro_batches
+    for part, rows_of_part in zip(parts, held, strict=True):
+        assert part.positives == sum(n < positives for n in rows_of_part)
+        assert part.counts == (positives, 12 - positives) and part.first == (0 in rows_of_part)
+        if pairs:
+            real, fake = rows_of_part[: part.positives], rows_of_part[part.positives :]
+            assert [n + 6 for n in real] == fake
 
 
+@pytest.mark.parametrize(("loss", "positives"), [("softplus", 5), ("pairwise", 6)])
 @pytest.mark.parametrize("in_features", [13, 9])
 @pytest.mark.parametrize("micro_batches", [2, 5, 12])
-def test_micro_batches_learn_what_the_batch_learns(in_features, micro_batches):
-    one, other = make(in_features), make(in_features)
+def test_micro_batches_learn_what_the_batch_learns(in_features, micro_batches, loss, positives):
+    one, other = (make(in_features, loss=loss) for _ in range(2))
     for seed in range(3):
         h = rows(in_features=in_features, seed=seed)
-        output, loss = one.step(h.clone(), 5, 0.01, scratch())
-        found, found_loss = other.step(h.clone(), 5, 0.01, scratch(), micro_batches)
-        assert torch.allclose(found, output, atol=1e-12)
-        assert torch.allclose(found_loss, loss, atol=1e-12)
+        output, value = one.step(h.clone(), positives, 0.01, scratch())
+        found = other.step(h.clone(), positives, 0.01, scratch(), micro_batches)
+        assert torch.allclose(found[0], output, atol=1e-12)
+        assert torch.allclose(found[1], value, atol=1e-12)
     for name, tensor in one.state_dict().items():
         assert torch.allclose(other.state_dict()[name], tensor, atol=1e-10), name
 

@@ -68,17 +68,21 @@ def same_state(one, other):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "negatives"), list(itertools.product(["joint", "layerwise"], ["random", "hard"]))
+    ("schedule", "negatives", "prob"),
+    [("joint", "random", 1.0), ("joint", "hard", 0.5), ("layerwise", "hard", 1.0)],
 )
-def test_fit_learns_digits_in_every_schedule(digits, schedule, negatives):
-    network = make(digits)
-    history = train(network, digits, epochs=8, schedule=schedule, negatives=negatives)
+def test_fit_learns_digits_in_every_schedule(digits, schedule, negatives, prob):
+    network, changes = make(digits), {"classifier_update_prob": prob}
+    history = train(network, digits, epochs=8, schedule=schedule, negatives=negatives, **changes)
     assert len(history) == (8 if schedule == "joint" else 16)
     assert history.error.iloc[-1] == error_rate(network, digits) < 0.08
     shown = network.predict(digits.test_images, by="softmax")
     assert history.error.iloc[-1] == pytest.approx((shown != digits.test_labels).float().mean())
     by_goodness = error_rate(network, digits, "goodness")
     assert goodness_errors(network, digits)[-1] == pytest.approx(by_goodness) and by_goodness < 0.15
+    confusion = network.softmax.confusion
+    assert torch.allclose(confusion.sum(1), torch.ones(10), atol=1e-4)
+    assert (confusion.argmax(1) == torch.arange(10)).all()
 
 
 def test_error_rate_of_a_plain_classifier_is_that_of_its_backprop(few):
@@ -226,19 +230,11 @@ def test_batches_hold_every_image_once_an_epoch_in_a_new_order(digits):
 
 
 def test_decay_takes_the_learning_rate_to_zero_over_the_second_half():
-    rates = [training.decay_factor(step / 10, "linear") for step in range(11)]
-    assert rates[:6] == [1.0] * 6 and rates[-1] == 0
-    assert rates[5:] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
-    assert training.decay_factor(0.9, "none") == 1
-
-
-def test_classifier_updated_for_half_of_the_batches_teaches_nearly_as_well(digits):
-    network = make(digits)
-    history = train(network, digits, epochs=8, classifier_update_prob=0.5)
-    assert history.error.iloc[-1] < 0.08
-    confusion = network.softmax.confusion
-    assert torch.allclose(confusion.sum(1), torch.ones(10), atol=1e-4)
-    assert (confusion.argmax(1) == torch.arange(10)).all()
+    config = replace(TRAIN, learning_rate=0.5)
+    rates = [training.learning_rate(config, step, 10) for step in range(11)]
+    assert rates[:6] == [0.5] * 6 and rates[-1] == 0
+    assert rates[5:] == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+    assert training.learning_rate(replace(config, decay="none"), 9, 10) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -251,21 +247,6 @@ def test_classifier_updated_for_half_of_the_batches_teaches_nearly_as_well(digit
 def test_fit_refuses_settings_that_the_data_does_not_allow(few, changes, message):
     with pytest.raises(ValueError, match=message):
         train(make(few), few, **changes)
-
-
-def test_greedy_cached_training_is_the_same_from_files_and_from_memory(few, tmp_path):
-    networks = [make(few, [30] * 3, classifier=False) for _ in range(2)]
-    config = TrainConfig(epochs=8, batch_size=40, learning_rate=0.01)
-    tables = [
-        fit_greedy_cached(network, few, config, store=store, quiet=True).drop(columns="seconds")
-        for network, store in zip(networks, ("memory", tmp_path / "cache"), strict=True)
-    ]
-    assert same_state(*networks) and tables[0].equals(tables[1])
-    assert not any((tmp_path / "cache").iterdir())
-    assert list(tables[0].layer) == [layer for layer in (1, 2, 3) for _ in range(8)]
-    first = tables[0][tables[0].layer == 1].loss
-    assert first.iloc[-1] < first.iloc[0]
-    assert goodness_errors(networks[0], few)[0] < 0.5
 
 
 def test_greedy_cached_training_of_one_layer_is_the_layers_own_steps(few):

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, softplus
 from torch.optim.adam import adam
 
-from ff_utils.config import ORIGINAL_LOSSES, LayerConfig
+from ff_utils.config import LayerConfig
 from ff_utils.optimizers import ADAM, moments_8bit, update_8bit
 from ff_utils.utils import allocation_category, check_number
 
@@ -55,7 +55,8 @@ Two = tuple[torch.Tensor, torch.Tensor]
 
 
 def softplus_loss(x: torch.Tensor, sign: float) -> Two:
-    """-log p for positive rows, -log(1 - p) for negative ones. Section 2, equation 1."""
+    """-log p for positive rows, -log(1 - p) for negative ones: section 2, equation 1; the
+    original's `alternative_loss_fn`."""
     return softplus(-sign * x), -sign * torch.sigmoid(-sign * x)
 
 
@@ -107,8 +108,11 @@ def split_batch(
     """The parts of a batch of `rows` rows, the first `positives` of them positive.
 
     pairs: a part has the positive and the negative rows of some pairs, for a loss that compares
-        them. Their rows are not side by side in memory: a part is a copy.
+        them. Their rows are not side by side in memory: a part is a copy. ValueError for a batch
+        that is not half positive.
     """
+    if pairs and rows != 2 * positives:
+        raise ValueError("loss 'pairwise' needs a negative row for each positive one.")
     counts, parts, size = (positives, rows - positives), [], -(-rows // micro_batches)
     if pairs and micro_batches > 1:
         chosen = torch.arange(positives).chunk(micro_batches)
@@ -140,7 +144,7 @@ class FFLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.config = in_features, out_features, config
-        self.loss = LOSS_FUNCTIONS[ORIGINAL_LOSSES.get(config.loss, config.loss)]
+        self.loss = LOSS_FUNCTIONS[config.loss]
         # PyTorch's own start for a linear layer: uniform within 1 / sqrt(inputs of a unit). Drawn
         # on the CPU, so that a seed means the same weights on every device.
         weight = torch.empty(weight_shape or (out_features, in_features), dtype=dtype)
@@ -168,14 +172,9 @@ class FFLayer(nn.Module):
         return divisor.sub_(EPSILON).square_().div_(width)
 
     def local_loss(self, g: torch.Tensor, part: Part) -> Two:
-        """Loss () of the goodness (rows,) of a part of a batch; its derivative in g (rows,).
-
-        ValueError where the loss is "pairwise" and the part is not half positive.
-        """
+        """Loss () of the goodness (rows,) of a part of a batch; its derivative in g (rows,)."""
         (positive, negative), sharpness = part.counts, self.config.sharpness
         if self.loss is pairwise_loss:
-            if len(g) != 2 * part.positives:
-                raise ValueError("loss 'pairwise' needs a negative row for each positive one.")
             value, slope = pairwise_loss(g * sharpness, part.positives)
             return value.sum() / positive, slope.mul_(sharpness / positive)
         x = (g - self.config.threshold).mul_(sharpness)

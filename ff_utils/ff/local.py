@@ -64,7 +64,6 @@ class LocalFFLayer(FFLayer):
         self, h: torch.Tensor, part: Part, dw: torch.Tensor, db: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `FFLayer.add_gradient`, a product for every position; `h` is left as it is."""
-        first = part.rows.start == 0
         seen = self._gather(h)
         y = self._output(seen)
         units = self._grouped(y)
@@ -73,10 +72,10 @@ class LocalFFLayer(FFLayer):
         value, slope = self.local_loss(g.t(), part)
         row_scale = self.normalise_(y).view(self.groups, -1).mul_(slope.t()).mul_(2 / width)
         dz = (self._grouped(y) * row_scale[:, None]).view(*self.weight.shape[:2], -1)
-        dw.baddbmm_(dz, seen.transpose(1, 2), beta=0.0 if first else 1.0)
+        dw.baddbmm_(dz, seen.transpose(1, 2), beta=0.0 if part.first else 1.0)
         if self.beyond is not None:
             dw.masked_fill_(self.beyond, 0)
-        if first:
+        if part.first:
             db.zero_()
         db.add_(dz.sum(dim=2).flatten())
         return y, value / self.groups

@@ -176,7 +176,7 @@ class ForwardForward(FFNetwork):
     ) -> Iterable[torch.Tensor]:
         """`activations` that can be read more than once: cached, or recomputed each time."""
         if self.config.recompute:
-            return _Recomputed(partial(self.activations, h, depth))
+            return Repeated(partial(self.activations, h, depth))
         return list(self.activations(h, depth))
 
     def step(
@@ -185,13 +185,15 @@ class ForwardForward(FFNetwork):
         positives: int,
         learning_rate: float,
         micro_batches: int = 1,
+        numbers: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Train every layer on one batch, as `FFLayer.step`; returns their losses (layers,).
+        """Train the layers of these numbers, or all, on one batch, as `FFLayer.step`.
 
-        A layer is done before the next one starts: two activations live at a time.
+        A layer is done before the next one starts: two activations live at a time. Returns the
+        layers' losses (layers,).
         """
         losses = []
-        for layer in self.iter_layers(range(len(self.layers)), update=True):
+        for layer in self.iter_layers(numbers or range(len(self.layers)), update=True):
             h, loss = layer.step(h, positives, learning_rate, self.grad_buffer, micro_batches)
             losses.append(loss)
         return torch.stack(losses)
@@ -211,7 +213,8 @@ class ForwardForward(FFNetwork):
                 for layer in self.iter_layers(numbers)
             ]
         losses = 0
-        for part in split_batch(len(h), positives, micro_batches):
+        pairs = self.config.loss == "pairwise"
+        for part in split_batch(len(h), positives, micro_batches, pairs):
             y, of_part = h[part.rows].clone(), []
             for layer, pair in zip(self.iter_layers(numbers), gradients, strict=True):
                 y, loss = layer.add_gradient(y, part, *pair)
@@ -252,50 +255,58 @@ class ForwardForward(FFNetwork):
         Each image gives one positive and one negative row. Without labels the negative rows are
         hybrids, and the classifier leaves the layers as they are.
         """
-        images, labels, config, stage = batch.images, batch.labels, batch.config, batch.stage
-        generator, rate = batch.generator, batch.learning_rate
-        unlabelled, prob = self.config.label == "none", config.classifier_update_prob
-        classify = unlabelled or prob == 1 or float(torch.rand((), generator=generator)) < prob
-        rows = self.labelled_input(images)
+        labels, config, generator = batch.labels, batch.config, batch.generator
+        if self.config.label == "none":
+            return self._train_without_labels(batch)
+        prob, losses = config.classifier_update_prob, {}
+        classify = prob == 1 or float(torch.rand((), generator=generator)) < prob
+        rows = self.labelled_input(batch.images)
         rows.drop_pixels(config.dropout, generator)
-        if stage == "layers":
-            mixed = partial(self._with_hybrids, rows.images, generator, config.mask_blurs)
-            # Rows without a name here are freed once the first layer has used them.
-            return named_losses(self.step(self.encode(mixed(), None), len(images), rate))
-        depth, losses = stage + 1 if isinstance(stage, int) else len(self.layers), {}
+        numbers = [*range(len(self.layers))] if batch.stage is None else [batch.stage]
         if classify:
-            neutral = self.cache_activations(rows.with_labels(None), depth)
-            logits = self.softmax(neutral)
-            softmax_rate = rate if unlabelled else rate * config.classifier_rate
-            losses["softmax_loss"] = self.softmax.step(neutral, logits, labels, softmax_rate)
-            if unlabelled:
-                return losses
+            neutral = rows.with_labels(None)
+            logits, losses["softmax_loss"] = self._train_softmax(neutral, batch, numbers[-1] + 1)
             self.softmax.update_confusion(logits, labels)
-            del neutral
         else:  # what the classifier lately predicted for images of the same class
             logits = self.softmax.confusion.log()[labels]
         if config.negatives == "rollout":
-            windows, written = self.optimizers[0].write(self.classify, images, generator)
-            h = self.encode(torch.cat([images, windows]), torch.cat([labels, written]))
+            windows, written = self.optimizers[0].write(self.classify, batch.images, generator)
+            h = self.encode(torch.cat([batch.images, windows]), torch.cat([labels, written]))
         elif config.negatives == "hard":
             h = rows.with_labels(labels, negatives.hard_negatives(logits, labels, generator))
         else:
             wrong = negatives.random_negatives(labels, self.classes, generator)
             h = rows.with_labels(labels, wrong)
         del logits
-        if stage is None:
-            return named_losses(self.step(h, len(labels), rate)) | losses
-        for below in self.activations(h, stage):
+        for below in self.activations(h, numbers[0]):
             h = below
-        for layer in self.iter_layers([stage], update=True):
-            _, loss = layer.step(h, len(labels), rate, self.grad_buffer)
-        return named_losses([loss], first=stage + 1) | losses
+        found = self.step(h, len(labels), batch.learning_rate, numbers=numbers)
+        return named_losses(found, first=numbers[0] + 1) | losses
 
-    def _with_hybrids(
-        self, images: torch.Tensor, generator: torch.Generator, blurs: int
-    ) -> torch.Tensor:
-        hybrids = negatives.hybrid_images(images, self.image_shape, generator, blurs)
-        return torch.cat([images, hybrids])
+    def _train_softmax(
+        self, h: torch.Tensor | FactoredInput, batch: Batch, depth: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Train the classifier on the first `depth` layers; its logits before, and its loss."""
+        activations = self.cache_activations(h, depth)
+        logits = self.softmax(activations)
+        rate = batch.learning_rate * batch.config.classifier_rate
+        return logits, self.softmax.step(activations, logits, batch.labels, rate)
+
+    def _train_without_labels(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The layers on images and hybrids of them, or the classifier, as the stage says."""
+        images = negatives.drop_pixels(batch.images, batch.config.dropout, batch.generator)
+        if batch.stage == "softmax":
+            neutral = self.encode(images, None)
+            return {"softmax_loss": self._train_softmax(neutral, batch, len(self.layers))[1]}
+        mixed = partial(negatives.hybrid_images, images, self.image_shape, batch.generator)
+        # Rows without a name here are freed once the first layer has used them.
+        return named_losses(
+            self.step(
+                self.encode(torch.cat([images, mixed(batch.config.mask_blurs)]), None),
+                len(images),
+                batch.learning_rate,
+            )
+        )
 
     def label_goodness(self, images: torch.Tensor) -> torch.Tensor:
         """Goodness of every label in every layer: images (N, pixels) -> (layers, N, classes).
@@ -315,13 +326,14 @@ class ForwardForward(FFNetwork):
         return result.transpose(1, 2)
 
 
-class _Recomputed:
+class Repeated:
     """What `make` yields, as often as it is read."""
 
     def __init__(self, make: Callable[[], Iterator[torch.Tensor]]) -> None:
         self.make = make
 
     def __iter__(self) -> Iterator[torch.Tensor]:
+        """From the beginning."""
         return self.make()
 
 
