@@ -184,7 +184,6 @@ def lines(
     log: str = "",
     note: str = "",
     colours: Sequence[str] = SERIES,
-    circles: pd.DataFrame | None = None,
     axis: plt.Axes | None = None,
     **texts: str,
 ) -> Figure:
@@ -192,7 +191,7 @@ def lines(
 
     The line is the mean of the rows at an `x` (seeds, say), its band reaches from the least to the
     most. table: one table, or a table for each line by name. log: the logarithmic axes, as in "xy".
-    circles: measured points, with the same columns. axis: draw there. texts: title, xlabel, ylabel.
+    axis: draw there. texts: title, xlabel, ylabel.
     """
     if isinstance(table, dict):
         table = pd.concat(table, names=[by]).reset_index(by)
@@ -204,10 +203,6 @@ def lines(
     axis = axis or plt.subplots(figsize=(WIDTH, 4.4))[1]
     kind = {"errorbar": ("pi", 100), "marker": "o", "ms": 4.5, "mew": 0, "legend": False}
     sns.lineplot(table, x=x, y=y, hue=by, palette=palette, size=by, sizes=widths, ax=axis, **kind)
-    if circles is not None:
-        shown = circles[circles[by].isin(palette)]
-        edges = shown[by].map(palette)
-        axis.scatter(shown[x], shown[y] * scale, 55, "none", edgecolors=edges, lw=1.6, zorder=3)
     if "y" not in log and table[y].min() >= 0:
         axis.set_ylim(bottom=0)
     _write_ticks(axis, log)
@@ -331,7 +326,7 @@ def timelines(
         axis.margins(y=0.14)
     for axis in axes[::2]:
         axis.set_ylabel("live memory (MB)")
-    figure.legend(*axes[0].get_legend_handles_labels(), ncols=6, loc="outside lower center")
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=3, loc="outside upper left")
     return figure
 
 
