@@ -17,16 +17,17 @@ from torch import nn
 
 from ff_utils import utils
 from ff_utils.backprop import Backprop, mlp
-from ff_utils.config import FFConfig, LocalConfig, RecurrentConfig, TrainConfig
+from ff_utils.config import Batch, FFConfig, LocalConfig, RecurrentConfig, TrainConfig
 from ff_utils.data import Dataset, load_dataset, test_batches
 from ff_utils.ff.local import LocalForwardForward
 from ff_utils.ff.network import PREDICTIONS, ForwardForward
 from ff_utils.ff.recurrent import RecurrentForwardForward
-from ff_utils.report import records
+from ff_utils.memory import CATEGORIES, track_step
+from ff_utils.report import accuracy, records
 from ff_utils.run.notebooks import read_yaml
 from ff_utils.training import fit, goodness_errors
 
-FOLDER = "full_length"  # of the records, below data/results/, and of checkpoints, below build/
+FOLDER = accuracy.FOLDER  # of the records, below data/results/, and of checkpoints, below build/
 NETWORKS = utils.DATA / "networks"
 VALIDATION = 5000  # training images held out, or a sixth of them: they choose, the test set reports
 NETWORK_CLASSES = {
@@ -220,7 +221,7 @@ def train(
         wrong = form.wrong_images(network, data)
         test = {by: len(missed) / len(data.test_labels) for by, missed in wrong.items()}
         metrics |= {"test_errors": test, "test_error": test[chosen], "wrong": wrong[chosen]}
-        metrics["test_read"] = datetime.now(UTC).date().isoformat()
+        metrics["test_read"] = datetime.now(UTC).isoformat(timespec="seconds")
         save_network(network, run.network)
     return begun.finish(metrics, data)
 
@@ -252,51 +253,84 @@ def evaluate(name: str, seed: int = 0, epochs: int = 0, dataset: str = "") -> di
     return _errors(forms()[name], network, data)
 
 
-def table() -> pd.DataFrame:
-    """Every form and seed there is a record of, its longest run.
-
-    Columns: form, title, seed, epochs (rows of the history), error (on the test set), by.
-    """
-    longest = {}
-    for path in sorted((utils.RESULTS / FOLDER).glob("*-*-*.json")):
-        name, seed, epochs = path.stem.rsplit("-", 2)
-        if name in forms() and not forms()[name].candidate_for:
-            run = plan(name, int(seed), int(epochs))
-            if run.epochs >= longest.get((name, seed), run).epochs:
-                longest[name, seed] = run
-    rows = []
-    for run in longest.values():
-        metrics = run.read()["metrics"]
-        error, by = metrics["test_error"], metrics["chosen"]
-        counts = {"seed": run.seed, "epochs": len(metrics["history"])}
-        rows.append({"form": run.name, "title": run.form.title, **counts, "error": error, "by": by})
-    return pd.DataFrame(rows, columns=["form", "title", "seed", "epochs", "error", "by"])
-
-
 def history(name: str, seed: int = 0, epochs: int = 0) -> pd.DataFrame:
     """A run's row an epoch, from its record; ValueError where there is none."""
     return pd.DataFrame(plan(name, seed, epochs).read()["metrics"]["history"])
 
 
-def beside_the_paper(runs: pd.DataFrame) -> pd.DataFrame:
-    """Each form's test error in %, the paper's and ours: mean and spread over seeds, and for how
-    many epochs. runs: as `table` gives them."""
-    rows = []
+def beside_the_paper() -> pd.DataFrame:
+    """Every form's test error beside the paper's, all errors and intervals in %.
+
+    interval: 95 %; over seeds where there are several, else of one network on its test images.
+    """
+    rows, runs, summaries = [], accuracy.latest(), accuracy.over_seeds()
     for name, form in forms().items():
+        mine = runs[runs.form == name]
         if form.candidate_for:
             continue
-        mine = runs[runs.form == name]
-        rows.append(
-            {
-                "system": form.title,
-                "paper (%)": None if form.paper is None else 100 * form.paper,
-                "here (%)": 100 * mine.error.mean(),
-                "±": 100 * mine.error.std(),
-                "seeds": len(mine),
-                "epochs": "-" if mine.empty else str(mine.epochs.max()),
-            }
-        )
+        row = {"system": form.title, "paper (%)": 100 * form.paper if form.paper else None}
+        row |= {"here (%)": 100 * mine.error.mean(), "95 % interval": "-", "of": "-"}
+        if len(mine):
+            summary = summaries[name] if len(mine) > 1 else mine.iloc[0]
+            row["95 % interval"] = f"{100 * summary['low']:.2f} to {100 * summary['high']:.2f}"
+            row["of"] = "seeds" if len(mine) > 1 else "test images"
+        row |= {"seeds": len(mine), "epochs": str(mine.epochs.max()) if len(mine) else "-"}
+        rows.append(row)
     return pd.DataFrame(rows)
+
+
+def candidates(name: str) -> pd.DataFrame:
+    """A form and the candidates for it, seed 0: learning rate and validation error in %."""
+    rows = []
+    for other, form in forms().items():
+        run = plan(other)
+        if name in (other, form.candidate_for) and run.record.exists():
+            errors = run.read()["metrics"]["validation_errors"]
+            rate = form.train["learning_rate"]
+            rows.append({"learning rate": rate, "validation (%)": 100 * min(errors.values())})
+    return pd.DataFrame(rows).sort_values("learning rate")
+
+
+def error_and_memory(names: list[str]) -> pd.DataFrame:
+    """Accuracy, memory and time of one and the same training, a form a row.
+
+    error (%), low and high: as in `beside_the_paper`. step (MB): peak of one training step at the
+    form's own sizes and batch, counted tensor by tensor; of which weights and optimizer state.
+    per image (kB): the peak divided by the batch. epoch (s): mean over the run's epochs.
+    """
+    table, rows = beside_the_paper().set_index("system"), []
+    for name in names:
+        form = forms()[name]
+        peak = step_bytes(form)
+        stays = peak["parameters"] + peak["optimizer_state"]
+        row = {"system": form.title, "test error (%)": table["here (%)"][form.title]}
+        row["95 % interval"] = table["95 % interval"][form.title]
+        total = sum(peak.values())
+        row |= {"step (MB)": total / 1e6, "weights and moments (MB)": stays / 1e6}
+        row["per image (kB)"] = total / form.train["batch_size"] / 1e3
+        row["epoch (s)"] = plan(name).read()["metrics"]["seconds_an_epoch"]
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def step_bytes(form: Form) -> dict[str, int]:
+    """Bytes at the peak of one training step of a form of MNIST, by category.
+
+    Hard negatives are chosen in that step, which is the largest that the training has.
+    """
+    rows = form.train["batch_size"]
+    images, labels = torch.rand(rows, 784), torch.arange(rows) % 10
+    data = Dataset("random", (28, 28), 10, images, labels, images, labels, "")
+    network = form.build(data, 0)
+    config = form.train_config
+    if form.train.get("classifier_update_prob"):
+        config = replace(config, classifier_update_prob=1.0)
+    stage = network.start_training(data, config)[0]
+    generator = torch.Generator().manual_seed(0)
+    batch = Batch(images, labels, config.learning_rate, generator, config, stage)
+    kept = {"inputs": [images, labels], "optimizers": network.optimizers}
+    tracker = track_step(lambda: network.train_batch(batch), network, **kept)
+    return {name: size for name, size in tracker.peak.items() if name in CATEGORIES}
 
 
 def save_network(network: nn.Module, path: Path) -> None:
