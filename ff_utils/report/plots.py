@@ -456,7 +456,7 @@ def ranks(
         axis.grid(False)
     axes[1].set_xlabel("seconds")
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
-    figure.legend(handles=handles, ncols=2, loc="outside upper right")
+    figure.legend(handles=handles, ncols=2, loc="outside lower right")
     return figure
 
 
