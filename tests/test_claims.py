@@ -1,3 +1,5 @@
+import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -26,8 +28,70 @@ def simulated(monkeypatch, default):
 def test_ledger_agrees_with_the_records(default):
     table = claims.judge(default)
     assert (table.verdict == table.expected).all()
-    assert set(table.verdict) == set(claims.VERDICTS)
+    assert {"holds", "fails", "open"} <= set(table.verdict) <= set(claims.VERDICTS)
     assert table.why.str.fullmatch(r"[A-Z].*\.").all()
+    assert not table[["source", "claim"]].duplicated().any()
+
+
+def test_a_claim_whose_source_gives_no_number_says_that_the_threshold_is_ours():
+    vague = [claim for claim in claims.read() if "significantly" in claim.claim]
+    assert len(vague) >= 5 and {claim.threshold for claim in vague} == {"ours"}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "relation", "verdict"),
+    [
+        (0.0120, 0.0136, "at most", "holds"),  # its upper end is at most the claim
+        (0.0120, 0.0137, "at most", "indistinguishable"),
+        (0.0137, 0.0150, "at most", "fails"),  # its lower end is above the claim
+        (0.0136, 0.0150, "at least", "holds"),
+        (0.0135, 0.0150, "at least", "indistinguishable"),
+        (0.0120, 0.0135, "at least", "fails"),
+        (None, None, "at most", "open"),  # one seed
+    ],
+)
+def test_verdict_on_an_error_respects_its_interval(
+    low, high, relation, verdict, tmp_path, monkeypatch
+):
+    entry = {"claim": "1.36 %.", "source": "paper", "metric": "errors: x", "unit": "%"}
+    entry |= {"relation": relation, "claimed": 0.0136, "verdict": "holds", "why": "So."}
+    monkeypatch.setattr(claims, "LEDGER", tmp_path / "claims.yaml")
+    claims.LEDGER.write_text(yaml.safe_dump([entry]))
+    summary = {"mean": 0.0130, "standard_error": 0.0, "low": low, "high": high, "seeds": 5}
+    monkeypatch.setattr(claims.accuracy, "over_seeds", lambda: {"x": summary})
+    (row,) = claims.judge({}).itertuples()
+    assert row.verdict == verdict
+    assert row.measured.startswith("1.3 %") and (low is None) == ("one seed" in row.measured)
+
+
+def test_a_record_whose_code_has_changed_since_is_named(tmp_path, monkeypatch):
+    def git(*words):
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a", *words]
+        done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    monkeypatch.setattr(utils, "ROOT", tmp_path)
+    monkeypatch.setattr(utils, "RESULTS", tmp_path / "results")
+    code = tmp_path / "ff_utils" / "ff" / "layers.py"
+    utils.write_text(code, "a = 1\n")
+    utils.write_text(tmp_path / "ff_utils" / "report" / "plots.py", "b = 1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    commit = git("rev-parse", "--short=12", "HEAD")
+    record = tmp_path / "results" / "default" / "01_x.json"
+
+    def notes(name):
+        utils.write_text(record, json.dumps({"provenance": {"commit": name}}))
+        return claims.changed_since()
+
+    assert notes(commit) == []
+    assert notes(commit + "+") == [f"01_x: it was made with changes on top of {commit}."]
+    assert notes("0" * 12) == [f"01_x: its commit {'0' * 12} is not in this repository."]
+    utils.write_text(tmp_path / "ff_utils" / "report" / "plots.py", "b = 2\n")
+    assert notes(commit) == []  # draws, and computes nothing
+    utils.write_text(code, "a = 2\n")
+    assert notes(commit) == [f"01_x: since its commit {commit} changed ff_utils/ff/layers.py."]
 
 
 def test_verify_prints_every_claim(simulated, capsys):
@@ -58,6 +122,7 @@ def test_record_that_is_stale_is_an_error(simulated):
         ({"relation": "near"}, "claim 1: relation is 'near'; choose one of: about"),
         ({"relation": "about"}, "claim 1: a tolerance goes with the relation 'about' alone"),
         ({"unit": "KiB"}, "claim 1: unit is 'KiB'"),
+        ({"threshold": "mine"}, "claim 1: threshold is 'mine'; choose one of: source, ours"),
         ({"clam": 1}, "claim 1: .*unexpected keyword argument 'clam'"),
         ({"why": None}, "claim 1: .*missing .*'why'"),
         ({"metric": f"{claims.MEMORY}: claims.nothing"}, "claims.nothing is in no record"),
@@ -89,7 +154,7 @@ def test_claims_of_a_gpu_are_judged_once_it_has_measured(default, tmp_path, monk
     names = [metric.rpartition(".")[2] for metric in asked.values()]
     records.Run(claims.MEMORY, "gpu", {}).finish({"gpu": dict.fromkeys(names, 0.01)})
     table = claims.judge(default).set_index("claim").loc[list(asked)]
-    assert len(asked) >= 4 and table.measured.iloc[0] == "1 %"
+    assert len(asked) >= 3 and table.measured.iloc[0] == "1 %"
     assert set(table.verdict) == {"open"}  # until a person has entered the verdict
 
 
@@ -110,5 +175,5 @@ def test_readme_is_filled_in_with_the_unit_and_the_decimals_it_has(tmp_path, mon
     claims.README.write_text(text)
     claims.fill_readme()
     assert claims.README.read_text() == filled
-    with pytest.raises(ValueError, match=r"05: slopes\.none is in no record"):
+    with pytest.raises(ValueError, match=r"04: slopes\.none is in no record"):
         claims.with_numbers("<!-- 04: slopes.none -->1 MB")

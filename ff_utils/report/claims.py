@@ -1,12 +1,15 @@
 """The ledger of claims, and README's numbers: both are checked against the records.
 
 `make verify` recomputes the memory metrics and judges every claim of data/claims.yaml from the
-default profile's records; a verdict that changed is an error.
+default profile's records and those of full-length trainings; a verdict that changed is an error.
 """
 
+import json
 import re
+import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -14,12 +17,15 @@ import pandas as pd
 import yaml
 
 from ff_utils import utils
-from ff_utils.report import records
+from ff_utils.report import accuracy, records
 
 LEDGER = utils.DATA / "claims.yaml"
 README = utils.ROOT / "README.md"
 MEMORY = "04_memory_profiling"
-VERDICTS = ("holds", "fails", "open")
+ERRORS = "errors"  # in a metric's name: test errors of full-length trainings, over seeds
+VERDICTS = ("holds", "fails", "indistinguishable", "open")
+THRESHOLDS = ("source", "ours")
+CODE = ("ff_utils", ":!ff_utils/report", ":!ff_utils/run")  # what computes a record's numbers
 RELATIONS = {
     "about": lambda value, claim: abs(value - claim.claimed) <= claim.tolerance * claim.claimed,
     "at least": lambda value, claim: value >= claim.claimed,
@@ -28,7 +34,7 @@ RELATIONS = {
 UNITS = {
     "%": lambda value: f"{100 * value:.4g} %",
     "MB": lambda value: f"{value / 1e6:,.0f} MB",
-    "times": lambda value: f"{value:.3g}x",
+    "times": lambda value: f"{value:.4g}x",
 }
 # In README a mark names the source of a number: <!-- 04: slopes.backprop -->88 MB
 NUMBER = re.compile(
@@ -50,12 +56,14 @@ class Claim:
     why: str
     metric: str = ""
     tolerance: float | None = None
+    threshold: str = "source"
 
     def __post_init__(self) -> None:
         """Refuse what is not a choice."""
         utils.check_choice("relation", self.relation, RELATIONS)
         utils.check_choice("verdict", self.verdict, VERDICTS)
         utils.check_choice("unit", self.unit, UNITS)
+        utils.check_choice("threshold", self.threshold, THRESHOLDS)
         if (self.relation == "about") != (self.tolerance is not None):
             raise ValueError("a tolerance goes with the relation 'about' alone.")
 
@@ -76,18 +84,20 @@ def read() -> list[Claim]:
 def notebooks() -> set[str]:
     """Notebooks whose default records the ledger asks."""
     asked = {claim.metric.partition(": ")[0] for claim in read()}
-    return {name for name in asked if name and "/" not in name}
+    return {name for name in asked if name and "/" not in name} - {ERRORS}
 
 
-def metric(name: str, known: dict[str, dict]) -> float | None:
+def metric(name: str, known: dict[str, dict]) -> float | dict | None:
     """The number that `name` stands for, or None if it is in no record.
+
+    "errors: FORM" is a form's test error over seeds, as `accuracy.over_seeds` gives it.
 
     name: "RECORD: path", or "RECORD: path / path" for a ratio. RECORD is a key of `known`, a
     notebook (or its number) of the default profile, or PROFILE/NOTEBOOK. In a path, a.b is an item,
     a.0 one of a list, a[arm=ff_streamed,depth=47] the first row with these values.
     """
     place, _, paths = name.partition(": ")
-    record = known.get(place)
+    record = {"metrics": accuracy.over_seeds()} if place == ERRORS else known.get(place)
     if not record:
         profile, notebook = PurePosixPath("default", place).parts[-2:]
         if notebook.isdigit():
@@ -123,24 +133,64 @@ def judge(known: dict[str, dict]) -> pd.DataFrame:
     rows = []
     for claim in read():
         value = metric(claim.metric, known) if claim.metric else None
-        verdict = "open"  # until a person has entered another
-        if claim.verdict != "open":
-            if value is None:
-                raise ValueError(f"{utils.relative(LEDGER)}: {claim.metric} is in no record.")
-            verdict = "holds" if RELATIONS[claim.relation](value, claim) else "fails"
-        show = UNITS[claim.unit]
+        if value is None and claim.verdict != "open":
+            raise ValueError(f"{utils.relative(LEDGER)}: {claim.metric} is in no record.")
+        ours = ", a threshold of ours" if claim.threshold == "ours" else ""
         rows.append(
             {
                 "claim": claim.claim,
                 "source": claim.source,
-                "claimed": f"{claim.relation} {show(claim.claimed)}",
-                "measured": "-" if value is None else show(value),
-                "verdict": verdict,
+                "claimed": f"{claim.relation} {UNITS[claim.unit](claim.claimed)}{ours}",
+                "measured": _text(value, UNITS[claim.unit]),
+                "verdict": _verdict(claim, value),
                 "expected": claim.verdict,
                 "why": claim.why,
             }
         )
     return pd.DataFrame(rows)
+
+
+def _verdict(claim: Claim, value: float | dict | None) -> str:
+    if claim.verdict == "open":  # until a person has entered another
+        return "open"
+    if not isinstance(value, dict):
+        return "holds" if RELATIONS[claim.relation](value, claim) else "fails"
+    if value["low"] is None:  # one seed is not a result
+        return "open"
+    ends = [RELATIONS[claim.relation](value[end], claim) for end in ("low", "high")]
+    return "indistinguishable" if ends[0] != ends[1] else "holds" if ends[0] else "fails"
+
+
+def _text(value: float | dict | None, show: Callable[[float], str]) -> str:
+    if value is None:
+        return "-"
+    if not isinstance(value, dict):
+        return show(value)
+    if value["low"] is None:
+        return f"{show(value['mean'])}, one seed"
+    interval = f"95 % interval {show(value['low'])} to {show(value['high'])}"
+    return f"{show(value['mean'])}, {interval} over {value['seeds']} seeds"
+
+
+def changed_since() -> list[str]:
+    """A sentence for every default record whose code has changed since it was made.
+
+    A note and no error: a change of code need not change a number.
+    """
+    notes = []
+    for path in sorted((utils.RESULTS / "default").glob("*.json")):
+        commit = json.loads(path.read_text(encoding="utf-8"))["provenance"]["commit"]
+        command = ["git", "diff", "--name-only", commit.removesuffix("+"), "--", *CODE]
+        done = subprocess.run(command, cwd=utils.ROOT, capture_output=True, text=True)
+        files = done.stdout.split()
+        if done.returncode:
+            notes.append(f"{path.stem}: its commit {commit} is not in this repository.")
+        elif files:
+            some = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if files[3:] else "")
+            notes.append(f"{path.stem}: since its commit {commit} changed {some}.")
+        elif commit.endswith("+"):
+            notes.append(f"{path.stem}: it was made with changes on top of {commit[:-1]}.")
+    return notes
 
 
 def verify() -> list[str]:
@@ -157,17 +207,17 @@ def verify() -> list[str]:
     ]
     table = judge(known)
     for row in table.itertuples():
-        print(f"{row.verdict:6} {row.claim}")
+        print(f"{row.verdict}: {row.claim}")
         about = f"claimed {row.claimed}, measured {row.measured} ({row.source})"
         for text in (about, row.why):
             print(textwrap.fill(text, 96, initial_indent=" " * 7, subsequent_indent=" " * 7))
-        if row.expected == "open" and row.measured != "-":
-            print("       It is measured: enter a verdict, or say in `why` what is missing.")
         if row.verdict != row.expected:
             told = f"The ledger says {row.expected!r}, the records {row.verdict!r}."
             wrong.append(f"{row.claim} {told}")
     counts = ", ".join(f"{(table.verdict == v).sum()} {v}" for v in VERDICTS)
     print(f"\n{len(table)} claims: {counts}")
+    for note in changed_since():
+        print(f"note: {note}")
     return wrong
 
 
