@@ -326,7 +326,8 @@ def timelines(
         axis.margins(y=0.14)
     for axis in axes[::2]:
         axis.set_ylabel("live memory (MB)")
-    figure.legend(*axes[0].get_legend_handles_labels(), ncols=3, loc="outside upper left")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, reverse=True, loc="outside right center")
     return figure
 
 
