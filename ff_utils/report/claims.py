@@ -6,6 +6,7 @@ default profile's records and those of full-length trainings; a verdict that cha
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -177,6 +178,8 @@ def changed_since() -> list[str]:
 
     A note and no error: a change of code need not change a number.
     """
+    if not shutil.which("git"):
+        return ["without git, changes of code since the records can't be named."]
     notes = []
     for path in sorted((utils.RESULTS / "default").glob("*.json")):
         commit = json.loads(path.read_text(encoding="utf-8"))["provenance"]["commit"]
