@@ -92,6 +92,8 @@ def test_a_record_whose_code_has_changed_since_is_named(tmp_path, monkeypatch):
     assert notes(commit) == []  # draws, and computes nothing
     utils.write_text(code, "a = 2\n")
     assert notes(commit) == [f"01_x: since its commit {commit} changed ff_utils/ff/layers.py."]
+    utils.write_text(record.parents[1] / "full_length" / "x-0-1.json", record.read_text())
+    assert notes(commit)[1:] == ["full_length: 1 of 1 trainings were made before changes of code."]
 
 
 def test_verify_prints_every_claim(simulated, capsys):

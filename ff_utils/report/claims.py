@@ -12,7 +12,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import pandas as pd
 import yaml
@@ -174,7 +174,8 @@ def _text(value: float | dict | None, show: Callable[[float], str]) -> str:
 
 
 def changed_since() -> list[str]:
-    """A sentence for every default record whose code has changed since it was made.
+    """A sentence for every default record whose code has changed since it was made, and one for
+    the full-length trainings.
 
     A note and no error: a change of code need not change a number.
     """
@@ -182,18 +183,26 @@ def changed_since() -> list[str]:
         return ["without git, changes of code since the records can't be named."]
     notes = []
     for path in sorted((utils.RESULTS / "default").glob("*.json")):
-        commit = json.loads(path.read_text(encoding="utf-8"))["provenance"]["commit"]
-        command = ["git", "diff", "--name-only", commit.removesuffix("+"), "--", *CODE]
-        done = subprocess.run(command, cwd=utils.ROOT, capture_output=True, text=True)
-        files = done.stdout.split()
-        if done.returncode:
-            notes.append(f"{path.stem}: its commit {commit} is not in this repository.")
-        elif files:
-            some = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if files[3:] else "")
-            notes.append(f"{path.stem}: since its commit {commit} changed {some}.")
-        elif commit.endswith("+"):
-            notes.append(f"{path.stem}: it was made with changes on top of {commit[:-1]}.")
+        if change := _change_since(path):
+            notes.append(f"{path.stem}: {change}.")
+    trainings = list((utils.RESULTS / accuracy.FOLDER).glob("*.json"))
+    if older := [path for path in trainings if _change_since(path)]:
+        count = f"{len(older)} of {len(trainings)} trainings"
+        notes.append(f"{accuracy.FOLDER}: {count} were made before changes of code.")
     return notes
+
+
+def _change_since(path: Path) -> str:
+    commit = json.loads(path.read_text(encoding="utf-8"))["provenance"]["commit"]
+    command = ["git", "diff", "--name-only", commit.removesuffix("+"), "--", *CODE]
+    done = subprocess.run(command, cwd=utils.ROOT, capture_output=True, text=True)
+    files = done.stdout.split()
+    if done.returncode:
+        return f"its commit {commit} is not in this repository"
+    if files:
+        more = f" and {len(files) - 3} more" if files[3:] else ""
+        return f"since its commit {commit} changed {', '.join(files[:3])}{more}"
+    return f"it was made with changes on top of {commit[:-1]}" if commit.endswith("+") else ""
 
 
 def verify() -> list[str]:
