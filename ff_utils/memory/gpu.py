@@ -21,10 +21,10 @@ COLUMNS += ("seconds", "fastest", "slowest", "until_copied", "repeats")
 
 
 def gpu_grid(
-    depths: list[int], deepest: int, *, hidden: int, batch: int, minutes: float
+    depths: list[int], deepest: int, *, hidden: int, images: int, minutes: float
 ) -> pd.DataFrame:
     """Every arm at the last of `depths`, offloaded FF at `deepest`, every arm at the other depths,
-    for as long as `minutes` last; one row a point.
+    on `images` images a step, for as long as `minutes` last; one row a point.
 
     Columns: arm, depth, hidden, batch, gpu; bytes at the peak as torch.cuda.max_memory_allocated
     has it (peak_bytes, evaluation_peak_bytes), before rounding to blocks (requested_bytes), of
@@ -43,8 +43,8 @@ def gpu_grid(
     deadline, rows = time.monotonic() + 60 * minutes, []
     for arm, depth in track(list(dict.fromkeys(points)), "point"):
         if time.monotonic() < deadline:
-            s = Sizes(depth, hidden, batch, device=device)
-            row = {"arm": arm, "depth": depth, "hidden": hidden, "batch": batch, "gpu": name}
+            s = Sizes(depth, hidden, ARMS[arm].rows(images), device=device)
+            row = {"arm": arm, "depth": depth, "hidden": hidden, "batch": s.batch, "gpu": name}
             rows.append(row | {"error": ""} | measure_here(arm, s))
     if len(rows) < len(set(points)):
         print(f"left out, for lack of time: {len(set(points)) - len(rows)} of {len(set(points))}")

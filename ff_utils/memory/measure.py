@@ -405,29 +405,31 @@ def memory_metrics(hidden: int = 2000, batch: int = 5000, depth: int = 47) -> di
 
 
 def time_steps(
-    arms: Sequence[str], *, depth: int, hidden: int, batch: int, repeats: int
+    arms: Sequence[str], *, depth: int, hidden: int, images: int, repeats: int
 ) -> pd.DataFrame:
-    """Seconds of a training step of every arm, timed alternately, `repeats` times.
+    """Seconds of a training step of every arm on `images` images, timed alternately, `repeats`
+    times.
 
-    Columns: arm, seconds (median), fastest, slowest, images (a step's: half of FF's rows are
-    positive), per_1000_images (seconds), moved_bytes (between host and device, a step), peak_bytes
-    and host_bytes (simulated). On a CPU, offloaded layers are in files.
+    Columns: arm, seconds (median), fastest, slowest, images, per_1000_images (seconds), moved_bytes
+    (between host and device, a step), peak_bytes and host_bytes (simulated). On a CPU, offloaded
+    layers are in files.
     """
     check_number("repeats", repeats, 1, whole=True)
     device = default_device()
-    s = Sizes(depth, hidden, batch, device=device)
     for arm in arms:
         _check(arm, "tracked")
-    reports = {arm: simulate(arm, s) for arm in arms}
+    sizes = {arm: Sizes(depth, hidden, ARMS[arm].rows(images), device=device) for arm in arms}
+    reports = {arm: simulate(arm, s) for arm, s in sizes.items()}
     need = sum(report.peak_bytes for report in reports.values())
     if device == "cuda":
         free = torch.cuda.mem_get_info()[0]
     else:
-        need, free = need + sum(_host_in_memory(arm, s) for arm in arms), process.free_bytes()
+        need += sum(_host_in_memory(arm, s) for arm, s in sizes.items())
+        free = process.free_bytes()
     _refuse_beyond(need, free, "all arms together need")
     with ExitStack() as folders:
         tasks, moved = {}, {}
-        for arm in arms:
+        for arm, s in sizes.items():
             folder = folders.enter_context(tempfile.TemporaryDirectory())
             step = build(arm, replace(s, store=folder if device == "cpu" else "memory"))
             step.train()
@@ -440,7 +442,6 @@ def time_steps(
         del step, task, tasks
     rows = []
     for arm, report in reports.items():
-        images = ARMS[arm].images(batch)
         rows.append(
             {
                 "arm": arm,
