@@ -209,7 +209,10 @@ def train(
         note=partial(_note, network, split),
         quiet=quiet,
     )
-    validation = chosen_by["validation_errors"] if chosen_by else _errors(form, network, split)
+    if chosen_by:
+        validation = chosen_by["validation_errors"]
+    else:
+        validation = _errors(form.wrong_images(network, split), split)
     chosen = min(validation, key=validation.get)
     metrics = {
         "history": history,
@@ -219,15 +222,14 @@ def train(
     }
     if not form.candidate_for:
         wrong = form.wrong_images(network, data)
-        test = {by: len(missed) / len(data.test_labels) for by, missed in wrong.items()}
+        test = _errors(wrong, data)
         metrics |= {"test_errors": test, "test_error": test[chosen], "wrong": wrong[chosen]}
         metrics["test_read"] = datetime.now(UTC).isoformat(timespec="seconds")
         save_network(network, run.network)
     return begun.finish(metrics, data)
 
 
-def _errors(form: Form, network: nn.Module, data: Dataset) -> dict[str, float]:
-    wrong = form.wrong_images(network, data)
+def _errors(wrong: dict[str, list[int]], data: Dataset) -> dict[str, float]:
     return {by: len(missed) / len(data.test_labels) for by, missed in wrong.items()}
 
 
@@ -250,7 +252,7 @@ def _refuse_difference(run: Run, then: dict, now: dict) -> None:
 def evaluate(name: str, seed: int = 0, epochs: int = 0, dataset: str = "") -> dict[str, float]:
     """Test error, by each way to predict, of the network that a run has kept."""
     network, data = load_network(name, seed, epochs, dataset)
-    return _errors(forms()[name], network, data)
+    return _errors(forms()[name].wrong_images(network, data), data)
 
 
 def history(name: str, seed: int = 0, epochs: int = 0) -> pd.DataFrame:
