@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ff_utils import utils
 from ff_utils.data import Dataset, is_downloaded, load_dataset
+
+torch.set_num_threads(1)  # tests' tensors are small: a second thread costs more than it saves
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 from dataclasses import FrozenInstanceError, fields, replace
+from inspect import cleandoc
 
 import pytest
 
@@ -9,9 +10,9 @@ CONFIGS = (LayerConfig, FFConfig, LocalConfig, RecurrentConfig, TrainConfig)
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_config_describes_every_field_and_never_changes(config):
-    documented = "".join(c.__doc__ for c in config.__mro__ if c in CONFIGS)
+    documented = "\n".join(cleandoc(c.__doc__) for c in config.__mro__ if c in CONFIGS)
     for field in fields(config):
-        assert f"    {field.name}:" in documented, field.name
+        assert f"\n{field.name}:" in documented, field.name
     with pytest.raises(FrozenInstanceError):
         config().seed = 1
 
