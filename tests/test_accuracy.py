@@ -5,7 +5,7 @@ from ff_utils.report import accuracy
 
 def test_every_reading_is_listed_in_order_and_what_took_a_place_is_not_the_latest():
     found, latest = accuracy.readings(), accuracy.latest()
-    assert found.test_read.is_monotonic_increasing and len(found) >= 19
+    assert found.finished.is_monotonic_increasing and len(found) >= 19
     recurrent = found[found.form.str.startswith("recurrent")]
     errors = [0.0140, 0.0154, 0.0140, 0.0182, 0.0137, 0.0150, 0.0131]
     assert list(recurrent.error)[:7] == errors

@@ -10,7 +10,7 @@ from ff_utils import utils
 FOLDER = "full_length"  # of the records, below data/results/
 CONFIDENCE = 0.95
 COLUMNS = ["form", "seed", "epochs", "dataset", "error", "by", "low", "high", "images", "wrong"]
-COLUMNS += ["test_read", "earlier"]
+COLUMNS += ["finished", "earlier"]
 
 
 def readings() -> pd.DataFrame:
@@ -19,7 +19,7 @@ def readings() -> pd.DataFrame:
     A run whose settings were later changed, and whose place another run took, is in the folder
     `earlier`. Columns: form, seed, epochs (passes, as in the record's name), dataset, error, by
     (the way to predict that validation images chose), low and high (of its interval), images,
-    wrong (numbers of the images, where the record has them), test_read, earlier.
+    wrong (numbers of the images, where the record has them), finished (when), earlier.
     """
     rows = []
     for path in sorted((utils.RESULTS / FOLDER).glob("**/*-*-*.json")):
@@ -32,10 +32,13 @@ def readings() -> pd.DataFrame:
         row = {"form": form, "seed": int(seed), "epochs": int(epochs)}
         row |= {"dataset": record["data"]["name"], "error": error, "by": metrics["chosen"]}
         row |= {"low": low, "high": high, "images": images, "wrong": metrics.get("wrong")}
-        row |= {"test_read": metrics.get("test_read", ""), "earlier": path.parent.name != FOLDER}
+        row |= {
+            "finished": record["provenance"].get("finished", ""),
+            "earlier": path.parent.name != FOLDER,
+        }
         rows.append(row)
     table = pd.DataFrame(rows, columns=COLUMNS)
-    return table.sort_values("test_read", kind="stable", ignore_index=True)
+    return table.sort_values("finished", kind="stable", ignore_index=True)
 
 
 def latest() -> pd.DataFrame:

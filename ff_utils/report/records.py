@@ -8,6 +8,7 @@ import subprocess
 import textwrap
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -117,9 +118,10 @@ def digest(record: dict) -> str:
 
 
 def provenance() -> dict:
-    """Where a number comes from: code, versions, device, vector instructions, threads."""
+    """Where a number comes from: code, time, versions, device, vector instructions, threads."""
     return {
         "commit": git_commit(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
         "system": platform.system(),

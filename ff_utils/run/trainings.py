@@ -7,7 +7,6 @@ one of them.
 import json
 import pickle
 from dataclasses import dataclass, field, fields, replace
-from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
 
@@ -224,7 +223,6 @@ def train(
         wrong = form.wrong_images(network, data)
         test = _errors(wrong, data)
         metrics |= {"test_errors": test, "test_error": test[chosen], "wrong": wrong[chosen]}
-        metrics["test_read"] = datetime.now(UTC).isoformat(timespec="seconds")
         save_network(network, run.network)
     return begun.finish(metrics, data)
 
