@@ -8,7 +8,7 @@ import importlib.util
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -34,10 +34,12 @@ def compare(
     blocks: list[str] | None = None,
     optimizer: str = "adam",
     budget: int | None = None,
+    only: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Every choice of `remedies.CHOICES` for one network, simulated; one row each.
 
-    builder, rows, blocks, optimizer: as in `profile.profile`. budget: bytes on the device.
+    builder, rows, blocks, optimizer: as in `profile.profile`. budget: bytes on the device. only:
+    names of choices, beside the plain step, instead of all.
     Columns: choice, peak_bytes, host_bytes, saved (share of the plain step's peak), flops,
     arithmetic (flops by the plain step's), phase and module (what runs at the peak), largest
     (module and category of the peak's largest part), note (why there is no number), and with a
@@ -45,6 +47,8 @@ def compare(
     """
     kind = {"blocks": blocks, "optimizer": optimizer}
     choices = choices_for(builder, rows)
+    if only:
+        choices = {n: c for n, c in choices.items() if c[0] == PLAIN or n in only}
     flops: dict[Remedies, int | None] = {}
     table = []
     for name, (remedies, note) in choices.items():
