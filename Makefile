@@ -35,7 +35,7 @@ endif
 .SUFFIXES:
 # Time and memory are measured with nothing else running.
 .NOTPARALLEL:
-.PHONY: help reproduce data train sweep publish gpu-reference test verify lint lab clean $(TARGETS)
+.PHONY: help reproduce data train sweep publish gpu-reference test faults verify lint lab clean $(TARGETS)
 .DEFAULT_GOAL := help
 
 help:  ## print this help
@@ -57,6 +57,9 @@ sweep: $(READY)  ## run notebooks/sweeps/SWEEP.yaml, JOBS points at a time
 test: $(READY)  ## the linter and all tests
 	@$(PY) -m ruff check && $(PY) -m ruff format --check
 	@$(PY) -m pytest
+
+faults: $(READY)  ## disturb commands, see whether the next run mends it: TRIALS=50 SEED=0
+	@$(PY) -m ff_utils faults $(if $(TRIALS),--trials $(TRIALS)) --seed $(SEED)
 
 verify: $(READY)  ## judge every claim of the ledger against the records
 	@$(PY) -m ff_utils verify

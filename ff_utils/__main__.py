@@ -11,6 +11,7 @@ COMMANDS = {
     "memory": ("memory.__main__", "measure the memory of training steps"),
     "distributed": ("distributed", "train layers on several ranks"),
     "data": ("data", "fetch and check the data"),
+    "faults": ("run.faults", "disturb commands and see whether the next run mends it"),
     "verify": ("report.claims", "judge every claim against the records"),
 }
 

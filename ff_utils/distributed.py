@@ -480,7 +480,8 @@ def launch(ranks: int, settings: Settings, checkpoint: str | os.PathLike | None 
         if checkpoint:
             options += ["--checkpoint", str(user_path(checkpoint))]
         command = torchrun_command(ranks, settings, *options)
-        environment = os.environ | process.RETURN_FREED_MEMORY
+        # torchrun leaves a folder of its own in the temporary one.
+        environment = os.environ | process.RETURN_FREED_MEMORY | {"TMPDIR": folder}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode == 0:
             return json.loads(record.read_text(encoding="utf-8"))

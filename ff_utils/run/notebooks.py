@@ -207,7 +207,7 @@ def execute(
     failed = output.with_name(f"{output.stem}.failed.ipynb")
     _remove_leftovers(output.parent.glob(f".{output.name}.*.ipynb"))
     try:
-        with _socket_folder() as sockets:
+        with temporary_folder() as sockets:
             place = {"transport": "ipc", "connection_file": f"{sockets}/{output.stem[:20]}.json"}
             papermill.execute_notebook(
                 notebook,
@@ -244,10 +244,11 @@ def _environment(added: dict[str, str] | None) -> dict[str, str]:
 
 
 @contextmanager
-def _socket_folder() -> Iterator[Path]:
-    """A short temporary folder for a kernel's sockets, removed at the end.
+def temporary_folder() -> Iterator[Path]:
+    """A temporary folder, removed at the end, or by the next that is made after this process.
 
-    Sockets take the place of ports, which kernels that start together may both choose.
+    Its path is short enough for sockets. They take the place of ports, which kernels that start
+    together may both choose.
     """
     parent = Path(tempfile.gettempdir())
     if len(str(parent)) > SOCKET_PATH:

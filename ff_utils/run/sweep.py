@@ -542,6 +542,7 @@ def _cluster(points: int, scheduler: str | None) -> "Iterator[Client]":
             yield client
         return
     with (
+        notebooks.temporary_folder() as folder,
         LocalCluster(
             n_workers=1,
             threads_per_worker=points,
@@ -549,6 +550,7 @@ def _cluster(points: int, scheduler: str | None) -> "Iterator[Client]":
             memory_limit=None,
             dashboard_address=None,
             silence_logs=logging.CRITICAL,
+            local_directory=str(folder),
         ) as cluster,
         Client(cluster) as client,
     ):
