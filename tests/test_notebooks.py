@@ -253,7 +253,7 @@ notebooks.main()"""
         # What starts the tests in the background may ignore the interrupts of these.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    for _ in range(600):
+    for _ in range(3000):  # a kernel starts slowly on a busy machine
         if (house / "begun").exists():
             break
         time.sleep(0.1)

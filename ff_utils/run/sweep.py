@@ -534,6 +534,7 @@ def _cluster(points: int, scheduler: str | None) -> "Iterator[Client]":
 
     A thread a point is enough, because its work is done in its kernel.
     """
+    import dask
     from distributed import Client, LocalCluster
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
@@ -543,6 +544,7 @@ def _cluster(points: int, scheduler: str | None) -> "Iterator[Client]":
         return
     with (
         notebooks.temporary_folder() as folder,
+        dask.config.set({"temporary-directory": str(folder)}),
         LocalCluster(
             n_workers=1,
             threads_per_worker=points,
@@ -550,7 +552,6 @@ def _cluster(points: int, scheduler: str | None) -> "Iterator[Client]":
             memory_limit=None,
             dashboard_address=None,
             silence_logs=logging.CRITICAL,
-            local_directory=str(folder),
         ) as cluster,
         Client(cluster) as client,
     ):
