@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -116,8 +117,11 @@ def save_state(state: dict, path: Path) -> None:
 
 
 def load_state(path: Path, device: torch.device | str = "cpu") -> dict:
-    """What `save_state` wrote; ValueError for a file that is missing or not whole."""
+    """What `save_state` wrote; ValueError for a file that is missing, not whole or altered."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at its checksums
+            if archive.testzip():
+                raise OSError("a checksum differs")
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load has many ways to say that a file is not whole
         raise ValueError(

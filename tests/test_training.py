@@ -155,9 +155,15 @@ def test_checkpoint_of_another_run_or_not_whole_is_refused(few, tmp_path):
         train(make(few, threshold=2.0), few, epochs=1, checkpoint=path)
     with pytest.raises(ValueError, match=r"of a run whose images is 200, not 100"):
         train(make(few), few.subset(100, 100), epochs=1, checkpoint=path)
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"run.pt is not a whole checkpoint: delete it"):
-        train(make(few), few, epochs=1, checkpoint=path)
+    whole = path.read_bytes()
+    network = torch.load(path)["states"][0]
+    weights = next(values for name, values in network.items() if name.endswith("weight"))
+    place = whole.index(weights.numpy().tobytes()[:64])
+    flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    for damaged in (whole[:1000], flipped):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"run.pt is not a whole checkpoint: delete it"):
+            train(make(few), few, epochs=1, checkpoint=path)
 
 
 def test_checkpoint_survives_a_full_disk(few, tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ one of them.
 """
 
 import json
-import pickle
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from ff_utils.ff.recurrent import RecurrentForwardForward
 from ff_utils.memory import CATEGORIES, track_step
 from ff_utils.report import accuracy, records
 from ff_utils.run.notebooks import read_yaml
-from ff_utils.training import fit, goodness_errors
+from ff_utils.training import fit, goodness_errors, load_state
 
 FOLDER = accuracy.FOLDER  # of the records, below data/results/, and of checkpoints, below build/
 NETWORKS = utils.DATA / "networks"
@@ -356,9 +355,9 @@ def load_network(
     data = load_dataset(run.dataset).to(utils.default_device())
     network = run.form.build(data, seed)
     try:
-        weights = torch.load(run.network, weights_only=True)
+        weights = load_state(run.network)
         missing, unknown = network.load_state_dict(weights, strict=False)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+    except (ValueError, RuntimeError):
         missing, unknown = ["everything"], []
     if unknown or not all(key.endswith(OPTIMIZER_STATE) for key in missing):
         raise ValueError(
