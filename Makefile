@@ -72,7 +72,7 @@ lab: $(READY)  ## open JupyterLab on the notebooks: LAB='options of its own'
 
 gpu-reference: $(READY)  ## measure every arm and the example networks on this machine's GPU
 	@$(PY) -m pytest tests/test_cuda.py
-	@$(MAKE) --no-print-directory 05 PROFILE=gpu
+	@$(MAKE) --no-print-directory 04 PROFILE=gpu
 	@for name in vgg16 vit_s16 gpt2; do echo "examples/$$name.py, every choice measured"; \
 	  $(PY) -m ff_utils memory --network examples/$$name.py:build --measure --json \
 	  > data/results/gpu/network_$$name.json || exit 1; done
@@ -86,13 +86,15 @@ clean:  ## remove what make built (data and records stay)
 
 # --- environment -----------------------------------------------------------------------------
 
-$(READY): requirements.lock
+$(READY): requirements.lock requirements.hashes
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "error: Python %d.%d is too old; give 3.11 or later, as in: make PYTHON=python3.12" % sys.version_info[:2])'
 	@if [ -e $(VENV) ] && [ ! -e $(VENV)/pyvenv.cfg ]; then \
 	  echo "error: VENV is $(VENV), which is there and is no Python environment; give another" >&2; exit 1; fi
 	@echo "making the environment in $(VENV)"
 	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+	  -r requirements.hashes
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@

@@ -162,6 +162,15 @@ def test_dependencies_are_pinned_and_conda_users_get_the_same():
     assert [int(n) for n in chosen.split(".")] >= [int(n) for n in lowest.split(".")]
 
 
+def test_hashes_are_of_the_locked_versions():
+    text = (ROOT / "requirements.hashes").read_text().lower()
+    found = dict(re.findall(r"^([\w.-]+)==(\S+) \\\n    --hash=sha256:[0-9a-f]{64}", text, re.M))
+    assert {name: found.get(name) for name in locked() if name != "torch"} == {
+        name: version for name, version in locked().items() if name != "torch"
+    }
+    assert "--hash" not in (ROOT / "requirements.lock").read_text()  # pip then wants them for all
+
+
 def test_dependencies_are_those_that_are_imported():
     names = {"yaml": "pyyaml", "sklearn": "scikit-learn", "IPython": "ipykernel"}
     names |= {"jupyter_client": "ipykernel", "traitlets": "ipykernel", "jinja2": "nbconvert"}
