@@ -4,7 +4,12 @@ The names below are what a user imports. Each is loaded when it is first used, b
 many processes and most of them need no PyTorch. README shows the rooms of this package.
 """
 
+import sys
 from importlib import import_module
+from importlib.util import find_spec
+
+if find_spec("resource") is None:  # which Windows does not have
+    sys.exit("error: ff_utils runs on Linux and macOS; on Windows install it inside WSL.")
 
 _HOMES = {
     "ForwardForward": "ff.network",

@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint as checkpointed
 from torch.utils.checkpoint import checkpoint_sequential
 
 from ff_utils.config import Batch, TrainConfig
@@ -65,6 +66,8 @@ class Backprop(nn.Module):
     network: as `mlp` makes it. Gradients are freed right after each update.
     checkpoint: keep activations only between segments of about sqrt(layers) layers and recompute
         the others in the backward pass (Chen et al., arXiv 1604.06174).
+    recursive: the same with halves of halves in place of segments (section 4 there): activations
+        of about log2(layers) layers, for as many forward passes at most.
     optimizer_in_backward: update each tensor as soon as its gradient is complete, then free the
         gradient, so that all gradients never live at once.
     offload: keep what autograd saves on the host, except weights and the batch's images.
@@ -78,6 +81,7 @@ class Backprop(nn.Module):
         optimizer: str = "adam",
         learning_rate: float = 1e-3,
         checkpoint: bool = False,
+        recursive: bool = False,
         optimizer_in_backward: bool = False,
         offload: bool = False,
         micro_batches: int = 1,
@@ -87,7 +91,9 @@ class Backprop(nn.Module):
         check_number("micro_batches", micro_batches, 1, whole=True)
         self.network, self.micro_batches = network, micro_batches
         self.in_backward, self.last_part = optimizer_in_backward, True
-        self.segments = split_segments(network) if checkpoint else [network]
+        self.recursive, self.segments = recursive, [network]
+        if checkpoint or recursive:
+            self.segments = split_segments(network, 1 if recursive else None)
         parameters = list(network.parameters())
         self.host = Offload(parameters) if offload else None
         groups = [[p] for p in parameters] if optimizer_in_backward else [parameters]
@@ -97,12 +103,14 @@ class Backprop(nn.Module):
             for parameter, own in zip(parameters, self.optimizers, strict=True):
                 parameter.register_post_accumulate_grad_hook(lambda _, own=own: self._update(own))
         self.settings = {"parameters": [list(p.shape) for p in parameters], "optimizer": optimizer}
-        self.settings |= {"checkpoint": checkpoint, "offload": offload}
+        self.settings |= {"checkpoint": checkpoint, "recursive": recursive, "offload": offload}
         self.settings["optimizer_in_backward"] = optimizer_in_backward
         self.settings["micro_batches"] = micro_batches
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits: (rows, pixels) -> (rows, classes)."""
+        if self.recursive:
+            return _by_halves(self.segments, images)
         return checkpoint_sequential(self.segments, len(self.segments), images, **AUTOGRAD)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -154,11 +162,20 @@ def segment_sizes(depth: int) -> list[int]:
     return [min(size, depth - start) for start in range(0, depth, size)]
 
 
-def split_segments(network: nn.Sequential) -> list[nn.Sequential]:
-    """`network` in segments of `segment_sizes`; the last one ends with the classifier."""
+def split_segments(network: nn.Sequential, size: int | None = None) -> list[nn.Sequential]:
+    """`network` in segments of `size` layers or `segment_sizes`; the last has the classifier."""
     *layers, _ = (k for k, module in enumerate(network) if isinstance(module, nn.Linear))
-    starts = layers[:: segment_sizes(len(layers))[0]]
+    starts = layers[:: size or segment_sizes(len(layers))[0]]
     return [network[start:end] for start, end in pairwise([*starts, len(network)])]
+
+
+def _by_halves(layers: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    """The output of `layers`; the first half's activations are recomputed, in the same way."""
+    if len(layers) == 1:
+        return layers[0](x)
+    half = len(layers) // 2
+    x = checkpointed(_by_halves, layers[:half], x, **AUTOGRAD)
+    return _by_halves(layers[half:], x)
 
 
 class Offload:

@@ -1,5 +1,6 @@
 """What the operating system says of a process: its resident memory, and what is free."""
 
+import resource
 import sys
 from pathlib import Path
 
@@ -21,10 +22,6 @@ def peak_resident_bytes() -> int:
     if status.exists():
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return 1024 * int(peak.split()[1])
-    try:
-        import resource
-    except ModuleNotFoundError as error:
-        raise OSError("resident memory is measured on Linux, macOS and WSL only.") from error
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 

@@ -11,6 +11,8 @@ REMEDIES = [
     {"checkpoint": True, "offload": True, "optimizer_in_backward": True},
 ]
 REMEDIES += [{"micro_batches": 3}, {**REMEDIES[3], "micro_batches": 3}]
+REMEDIES += [{**REMEDIES[1], **more} for more in ({"checkpoint": True}, {"recursive": True})]
+REMEDIES += [{"checkpoint": True, "micro_batches": 3}]
 HIDDEN = [40, 20, 30, 40, 20]
 
 
@@ -98,7 +100,7 @@ def test_backprop_refuses_bad_settings():
     network = mlp(30, 10, [20])
     with pytest.raises(ValueError, match="micro_batches is 0"):
         Backprop(network, micro_batches=0)
-    with pytest.raises(ValueError, match="optimizer is 'rms'; choose one of: adam, sgd"):
+    with pytest.raises(ValueError, match="optimizer is 'rms'; choose one of: adam, adam_8bit, sgd"):
         Backprop(network, optimizer="rms")
     with pytest.raises(ValueError, match="hidden is"):
         mlp(30, 10, [])

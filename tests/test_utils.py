@@ -141,3 +141,16 @@ def test_importing_utils_and_config_loads_no_heavy_library():
         [sys.executable, "-c", code], cwd=utils.ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", ["run", "sweep", "memory", "distributed", "data", "verify"])
+def test_windows_is_refused_in_one_sentence_that_names_wsl(command):
+    code = "import runpy, sys; sys.modules['resource'] = sys.modules['fcntl'] = None; "
+    code += (
+        f"sys.argv = ['ff_utils', '{command}']; runpy.run_module('ff_utils', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=utils.ROOT, capture_output=True, text=True, check=False
+    )
+    sentence = "error: ff_utils runs on Linux and macOS; on Windows install it inside WSL."
+    assert (done.returncode, done.stderr.strip()) == (1, sentence)

@@ -1,6 +1,6 @@
 """How much memory a training step needs: arms, the tracker, four instruments, formulas."""
 
-from ff_utils.memory.arms import ARMS, Arm, Sizes
+from ff_utils.memory.arms import ARMS, LEANEST, Arm, Sizes
 from ff_utils.memory.gpu import about, compared, gpu_grid, gpu_metrics
 from ff_utils.memory.measure import (
     DoesNotFitError,
@@ -21,6 +21,7 @@ from ff_utils.memory.tracker import CATEGORIES, MemoryTracker, track_step
 __all__ = [
     "ARMS",
     "CATEGORIES",
+    "LEANEST",
     "Arm",
     "DoesNotFitError",
     "MemoryTracker",

@@ -54,11 +54,13 @@ class Arm:
 
     network: "backprop" (a perceptron), "ff", "ff_local" or "ff_recurrent".
     original: the network and the step are the seed's, as it wrote them.
-    remedies: of "checkpoint", "offload" (activations on the host), "optimizer_in_backward",
-        "best" (as many micro-batches as make the peak smallest), and for FF "recompute".
+    remedies: of "checkpoint", "recursive" (checkpoints), "offload" (activations on the host),
+        "optimizer_in_backward", "best" (as many micro-batches as make the peak smallest), and for
+        FF "recompute".
     micro_batches: parts that a batch is split into.
     step: "whole" trains a layer on all parts before the next one; "accumulated" takes each part
-        through all layers; "greedy_cached" is a batch of `training.fit_greedy_cached`.
+        through all layers; "greedy_cached" is a batch of `training.fit_greedy_cached`; "autograd"
+        computes each layer's gradient by autograd.
     offloaded: one layer on the device, the others on the host.
     negatives: "given" trains FF's layers alone; "hard" and "hybrids" train a softmax too.
     text: reads ten characters instead of an image. cached: FF of the seed, its cache included.
@@ -81,6 +83,10 @@ class Arm:
     def images(self, rows: int) -> int:
         """Images in a step of `rows` rows: half of FF's rows are negative."""
         return rows if self.network == "backprop" else rows // 2
+
+    def rows(self, images: int) -> int:
+        """Rows in a step of `images` images."""
+        return images if self.network == "backprop" else 2 * images
 
 
 _TABLE = (
@@ -124,6 +130,31 @@ _TABLE = (
         micro_batches=PARTS,
     ),
     Arm(
+        "backprop_checkpoint_in_backward",
+        "backprop, leaner checkpoints",
+        "#155a8a",
+        "Checkpoints of about sqrt(depth) layers, and the optimizer in the backward pass.",
+        "backprop",
+        remedies=("checkpoint", "optimizer_in_backward"),
+    ),
+    Arm(
+        "backprop_recursive",
+        "backprop, recursive",
+        "#0b7fab",
+        "Checkpoints within checkpoints, by halves, and the optimizer in the backward pass.",
+        "backprop",
+        remedies=("recursive", "optimizer_in_backward"),
+    ),
+    Arm(
+        "backprop_micro_batches_checkpoint",
+        "backprop, parts recomputed",
+        "#2a7f8f",
+        f"The gradients of {PARTS} parts of a batch are added up, each with checkpoints.",
+        "backprop",
+        remedies=("checkpoint",),
+        micro_batches=PARTS,
+    ),
+    Arm(
         "backprop_frugal",
         "backprop, best remedies",
         "#0a3161",
@@ -159,10 +190,18 @@ _TABLE = (
     ),
     Arm(
         "ff_resident",
-        "FF, analytic step",
+        "FF, negatives given",
         "#d1541d",
         "FF's layers alone, all on the device, by the analytic step on given negatives.",
         "ff",
+    ),
+    Arm(
+        "ff_autograd",
+        "FF, autograd",
+        "#dd7a4f",
+        "FF's layers by autograd, each layer's graph and gradient freed before the next layer.",
+        "ff",
+        step="autograd",
     ),
     Arm(
         "ff_hard_negatives",
@@ -294,3 +333,18 @@ _TABLE = (
     ),
 )
 ARMS = {arm.name: arm for arm in _TABLE}
+# The arms of either side of which one is the leanest, with nothing on the host.
+LEANEST = {
+    "ff": ("ff_resident", "ff_hard_negatives_recomputed", "ff_micro_batches", "ff_accumulated"),
+    "backprop": (
+        "backprop_optimizer_in_backward",
+        "backprop_checkpoint_in_backward",
+        "backprop_recursive",
+        "backprop_micro_batches_checkpoint",
+    ),
+}
+# The arms of either side with one layer on the device, and the others on the host.
+ONE_LAYER = {
+    "ff": ("ff_streamed", "ff_frugal", "ff_layerwise"),
+    "backprop": ("backprop_streamed", "backprop_streamed_frugal"),
+}

@@ -33,7 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ff_utils import process
 from ff_utils.memory import formulas
-from ff_utils.memory.arms import ARMS, OPTIMIZERS, PRECISIONS, Sizes
+from ff_utils.memory.arms import ARMS, LEANEST, ONE_LAYER, OPTIMIZERS, PRECISIONS, Sizes
 from ff_utils.memory.steps import build
 from ff_utils.memory.tracker import CATEGORIES, device_bytes
 from ff_utils.utils import (
@@ -47,7 +47,7 @@ from ff_utils.utils import (
 )
 
 INSTRUMENTS = ("simulated", "tracked", "rss", "cuda")
-MANY_POINTS = 20  # so many simulations are worth the start of more processes
+MANY_LAYERS = 400  # simulations of so many layers are worth the start of more processes
 PROBES = (1600, 3200)  # rows at which the saving map is simulated
 _simulated: dict[tuple[str, Sizes], "Report"] = {}  # what this process knows already
 
@@ -129,8 +129,12 @@ def simulate(arm: str, sizes: Sizes) -> Report:
 def timeline(arm: str, *, depth: int, hidden: int, batch: int) -> list[tuple[str, dict[str, int]]]:
     """Live bytes by category after every operation of one training step, simulated."""
     _check(arm, "simulated")
+    return _timeline(arm, Sizes(depth, hidden, batch))
+
+
+def _timeline(arm: str, s: Sizes) -> list[tuple[str, dict[str, int]]]:
     with FakeTensorMode():
-        return build(arm, Sizes(depth, hidden, batch)).track().timeline
+        return build(arm, s).track().timeline
 
 
 def _check(arm: str, instrument: str) -> None:
@@ -248,9 +252,9 @@ def _measure_process(report: Report, s: Sizes) -> Report:
     return report
 
 
-def _share(function: Callable, points: list[tuple], what: str) -> list:
+def _share(function: Callable, points: list[tuple], layers: int, what: str) -> list:
     """`function` of all points in order, by all cores where they are many."""
-    if len(points) < MANY_POINTS:
+    if layers < MANY_LAYERS:
         return [function(*points[number]) for number in track(range(len(points)), what)]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(function, *point) for point in points]
@@ -265,10 +269,15 @@ def measure_grid(
     depths: Sequence[int],
     *,
     hidden: int,
-    batch: int,
+    batch: int | None = None,
+    images: int | None = None,
+    optimizer: str = "adam",
     instruments: Sequence[str] = ("simulated",),
 ) -> pd.DataFrame:
     """Measure every arm at every depth with every instrument; one row a report.
+
+    Steps are of as many `images`, of which FF makes two rows each, or of `batch` rows. Columns
+    beside a report's: images, total_bytes (device and host).
 
     Many simulations are shared by all cores, before anything real runs. The breakdown's categories
     are columns, in bytes. What does not fit, or dies, is a row whose `error` says why; the others
@@ -276,26 +285,36 @@ def measure_grid(
     """
     for arm, instrument in product(arms, instruments):
         _check(arm, instrument)
-    simulate_all([(arm, Sizes(depth, hidden, batch)) for arm in arms for depth in depths])
+    if (batch is None) == (images is None):
+        raise ValueError("give either batch, the rows of a step, or images.")
+    rows = {arm: batch if images is None else ARMS[arm].rows(images) for arm in arms}
+    kind = {"hidden": hidden, "optimizer": optimizer}
+    points = [
+        (arm, Sizes(depth=depth, batch=rows[arm], **kind)) for arm in arms for depth in depths
+    ]
+    simulate_all(points)
     points = list(product(instruments, arms, depths))
     real = sum(instrument != "simulated" for instrument, *_ in points)
-    rows = []
+    reports = []
     for instrument, arm, depth in track(points, "point") if real else points:
-        sizes = {"depth": depth, "hidden": hidden, "batch": batch}
+        sizes = {"depth": depth, "batch": rows[arm], **kind}
         try:
             report = measure(arm, **sizes, instrument=instrument)
         except DoesNotFitError as error:
             report = _report(arm, Sizes(**sizes), instrument)
             report.error = str(error)
-        row = asdict(report)
-        rows.append(row | (row.pop("breakdown") or {}))
-    return pd.DataFrame(rows)
+        row = asdict(report) | {"images": ARMS[arm].images(rows[arm])}
+        reports.append(row | (row.pop("breakdown") or {}))
+    table = pd.DataFrame(reports)
+    return table.assign(total_bytes=table.peak_bytes + table.host_bytes)
 
 
 def simulate_all(points: list[tuple[str, Sizes]]) -> None:
     """Simulate these points, so that `simulate` knows them."""
     points = [point for point in dict.fromkeys(points) if point not in _simulated]
-    for point, report in zip(points, _share(simulate, points, "simulation"), strict=True):
+    layers = sum(sizes.depth for _, sizes in points)
+    reports = _share(simulate, points, layers, "simulation")
+    for point, report in zip(points, reports, strict=True):
         _simulated[point] = report
 
 
@@ -319,8 +338,9 @@ def saving_map(
     depths: Sequence[int],
     batches: Sequence[int],
     hidden: int,
+    optimizer: str = "adam",
 ) -> pd.DataFrame:
-    """The smallest peak of each group of arms at every depth and batch.
+    """The smallest peak of each group of arms at every depth and batch, which counts images.
 
     The bytes after each operation are a constant and so much a row, so that two simulated batches
     give those of any other (parts of a batch, whose rows are rounded up, nearly). Peaks grow evenly
@@ -329,14 +349,18 @@ def saving_map(
     """
     some = sorted({depths[0], depths[len(depths) // 2], depths[-1]})
     arms = dict.fromkeys([*lean, *others])
-    simulated = {arm: depths if "checkpoint" in ARMS[arm].remedies else some for arm in arms}
-    points = [(arm, depth, hidden) for arm in arms for depth in simulated[arm]]
-    lines = dict(zip(points, _share(_bytes_by_batch, points, "simulation"), strict=True))
+    uneven = {"checkpoint", "recursive"}
+    simulated = {arm: depths if uneven & {*ARMS[arm].remedies} else some for arm in arms}
+    points = [(arm, depth, hidden, optimizer) for arm in arms for depth in simulated[arm]]
+    layers = 2 * sum(depth for _, depth, *_ in points)
+    computed = _share(_bytes_by_batch, points, layers, "simulation")
+    lines = dict(zip(points, computed, strict=True))
     rows = []
     for batch in batches:
         peaks = {}
         for arm in arms:
-            found = [(lines[arm, d, hidden] @ [1, batch]).max() for d in simulated[arm]]
+            row = [1, ARMS[arm].rows(batch)]
+            found = [(lines[arm, d, hidden, optimizer] @ row).max() for d in simulated[arm]]
             peaks[arm] = np.interp(depths, simulated[arm], found)
         a, b = (np.min([peaks[arm] for arm in group], axis=0) for group in (lean, others))
         rows.append(pd.DataFrame({"depth": depths, "batch": batch, "lean": a, "other": b}))
@@ -344,10 +368,10 @@ def saving_map(
     return table.assign(saved=1 - table.lean / table.other)
 
 
-def _bytes_by_batch(arm: str, depth: int, hidden: int) -> np.ndarray:
+def _bytes_by_batch(arm: str, depth: int, hidden: int, optimizer: str) -> np.ndarray:
     """Live bytes after each operation: a constant, and what a row adds: (operations, 2)."""
     few, many = (
-        [device_bytes(live) for _, live in timeline(arm, depth=depth, hidden=hidden, batch=rows)]
+        [device_bytes(live) for _, live in _timeline(arm, Sizes(depth, hidden, rows, optimizer))]
         for rows in PROBES
     )
     return np.linalg.solve([[1, rows] for rows in PROBES], [few, many]).T
@@ -365,40 +389,95 @@ def crossing(lean: str, other: str, deepest: int, *, hidden: int, batch: int) ->
     return depths[bisect_left(depths, True, key=needs_less)] if needs_less(deepest) else None
 
 
-def memory_metrics(hidden: int = 2000, batch: int = 5000, depth: int = 47) -> dict[str, float]:
-    """What the ledger of claims asks of memory, simulated; by default at the seed's sizes."""
+def memory_metrics(hidden: int = 2000, images: int = 5000, depth: int = 47) -> dict[str, float]:
+    """What the ledger of claims asks of memory, simulated; by default at the seed's sizes.
 
-    def at(arm: str, layers: int) -> Report:
-        return simulate(arm, Sizes(layers, hidden, batch))
+    Both sides have steps of as many images, but for the seed's own systems (`seed_...` and
+    `recurrent_...`), which have as many rows, as the seed counts. What one more layer adds does not
+    depend on depth: it is read off 7 and 8 layers.
+    """
 
-    def ratio(arm: str, other: str, layers: int = depth) -> float:
-        return at(arm, layers).peak_bytes / at(other, layers).peak_bytes
+    def per_image(arm: str, layers: int = depth, optimizer: str = "adam") -> Report:
+        return simulate(arm, Sizes(layers, hidden, ARMS[arm].rows(images), optimizer))
 
-    def a_layer(arm: str, size: Callable[[Report], int]) -> int:
-        return size(at(arm, depth)) - size(at(arm, depth - 1))
+    def per_row(arm: str, layers: int = depth) -> Report:
+        return simulate(arm, Sizes(layers, hidden, images))
 
-    def peak(report: Report) -> int:
+    def device(report: Report) -> int:
         return report.peak_bytes
 
-    shallow = at("ff_seed", 2)
-    streamed_1000 = peak(at("ff_streamed", depth)) + (1000 - depth) * a_layer("ff_streamed", peak)
-    # A ratio of two peaks that grow evenly with depth is largest and smallest at the ends.
-    ends = (2, depth)
-    return {
-        "seed_saved_at_47_layers": 1 - ratio("ff_seed", "backprop_seed"),
-        "seed_saved_against_plain": 1 - ratio("ff_seed", "backprop"),
-        "saved_at_47_layers": 1 - ratio("ff_resident", "backprop"),
-        "saved_against_remedies": 1 - ratio("ff_resident", "backprop_frugal"),
-        "seed_most_saved": max(1 - ratio("ff_seed", "backprop_seed", d) for d in ends),
-        "seed_bytes_a_layer": a_layer("ff_seed", peak),
-        "seed_growth": at("ff_seed", depth).peak_bytes - shallow.peak_bytes,
-        "seed_shallow": shallow.peak_bytes,
+    def both(report: Report) -> int:
+        return report.peak_bytes + report.host_bytes
+
+    def activations(report: Report) -> int:
+        return report.breakdown["activations"]
+
+    def a_layer(arm: str, size: Callable[[Report], int]) -> int:
+        return size(per_image(arm, 8)) - size(per_image(arm, 7))
+
+    def leanest(arms: Sequence[str], size: Callable = device, optimizer: str = "adam") -> Report:
+        return min((per_image(arm, optimizer=optimizer) for arm in arms), key=size)
+
+    def saved(ours: Report, theirs: Report, size: Callable[[Report], int] = device) -> float:
+        return 1 - size(ours) / size(theirs)
+
+    def seed_saved(other: str, layers: int = depth) -> float:
+        return saved(per_row("ff_seed", layers), per_row(other, layers))
+
+    def recurrent(layers: int) -> float:
+        return device(per_row("ff_recurrent", layers)) / device(per_row("backprop_seed", layers))
+
+    leanest_arms = [*LEANEST["ff"], *LEANEST["backprop"], "backprop"]
+    one_layer_arms = [*ONE_LAYER["ff"], *ONE_LAYER["backprop"], "backprop_frugal"]
+    points = [(arm, "sgd") for arm in leanest_arms]
+    points += [(arm, "adam") for arm in (*leanest_arms, *one_layer_arms)]
+    simulate_all([(a, Sizes(depth, hidden, ARMS[a].rows(images), o)) for a, o in points])
+    shallow, deep = per_row("ff_seed", 2), per_row("ff_seed")
+    ff, plain = per_image("ff_resident"), per_image("backprop")
+    streamed = per_image("ff_streamed")
+    streamed_1000 = device(streamed) + (1000 - depth) * a_layer("ff_streamed", device)
+    ff_one, backprop_one = (leanest(ONE_LAYER[side]) for side in ("ff", "backprop"))
+    remedies = per_image("backprop_frugal")
+    ff_in_total = leanest(LEANEST["ff"], both)
+    backprop_in_total = leanest((*LEANEST["backprop"], "backprop_frugal"), both)
+    metrics = {
+        "seed_saved_at_47_layers": seed_saved("backprop_seed"),
+        "seed_saved_against_plain": seed_saved("backprop"),
+        # A ratio of two peaks that grow evenly with depth is largest and smallest at the ends.
+        "seed_most_saved": max(seed_saved("backprop_seed", layers) for layers in (2, depth)),
+        "seed_bytes_a_layer": device(deep) - device(per_row("ff_seed", depth - 1)),
+        "seed_growth": device(deep) - device(shallow),
+        "seed_shallow": device(shallow),
         "seed_shallow_evaluation": shallow.evaluation_peak_bytes,
-        "streamed_1000_over_2_layers": streamed_1000 / peak(at("ff_streamed", 2)),
-        "streamed_backprop_over_streamed_ff": ratio("backprop_streamed_frugal", "ff_frugal"),
-        "activations_a_layer": a_layer("ff_resident", lambda r: r.breakdown["activations"]),
-        "recurrent_over_backprop": min(ratio("ff_recurrent", "backprop_seed", d) for d in ends),
+        "recurrent_over_backprop": min(recurrent(layers) for layers in (2, depth)),
+        "saved_at_47_layers": saved(ff, plain),
+        "saved_as_trained": saved(per_image("ff_hard_negatives_recomputed"), plain),
+        "saved_against_remedies": saved(ff, remedies),
+        "saved_in_total": saved(ff_in_total, backprop_in_total, both),
+        "remedies_total_over_ff": both(remedies) / both(ff),
+        "layerwise_over_floor": device(per_image("ff_layerwise")) / _one_layer(hidden, images),
+        "streamed_over_floor": device(streamed) / _one_layer(hidden, images),
+        "streamed_1000_over_2_layers": streamed_1000 / device(per_image("ff_streamed", 2)),
+        "one_layer_device_backprop_over_ff": device(backprop_one) / device(ff_one),
+        "one_layer_host_backprop_over_ff": backprop_one.host_bytes / ff_one.host_bytes,
+        "one_layer_total_backprop_over_ff": both(backprop_one) / both(ff_one),
+        "activations_a_layer": a_layer("ff_resident", activations),
+        "activations_a_layer_as_trained": a_layer("ff_hard_negatives_recomputed", activations),
+        "activations_a_layer_stored": a_layer("ff_hard_negatives", activations),
+        "autograd_bytes_a_layer": a_layer("ff_autograd", device),
     }
+    for name in ("adam", "sgd"):
+        strongest = (leanest(LEANEST[side], optimizer=name) for side in ("ff", "backprop"))
+        metrics[f"saved_against_strongest_{name}"] = saved(*strongest)
+        two = (per_image(arm, optimizer=name) for arm in ("ff_resident", "backprop"))
+        metrics[f"saved_against_plain_{name}"] = saved(*two)
+    return metrics
+
+
+def _one_layer(hidden: int, images: int) -> int:
+    """Bytes that no training of a layer by Adam can go below: its weights, gradient and moments,
+    the input and the output of a batch's positive and negative rows."""
+    return 4 * (4 * (hidden + 1) * hidden + 2 * (2 * images * hidden))
 
 
 # --- Time -----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from ff_utils import original
 from ff_utils.backprop import Backprop, mlp
 from ff_utils.config import Batch, FFConfig, LocalConfig, RecurrentConfig, TrainConfig
+from ff_utils.ff.blocks import BlockLocal
 from ff_utils.ff.local import LocalForwardForward
 from ff_utils.ff.network import ForwardForward
 from ff_utils.ff.recurrent import RecurrentForwardForward
@@ -65,7 +66,7 @@ def build(name: str, sizes: Sizes) -> Step:
     elif arm.negatives != "given":
         make = _network_with_softmax
     else:
-        make = _greedy_cached if arm.step == "greedy_cached" else _layers
+        make = {"greedy_cached": _greedy_cached, "autograd": _by_autograd}.get(arm.step, _layers)
     return make(arm, sizes)
 
 
@@ -112,6 +113,7 @@ def _backprop(arm: Arm, s: Sizes, micro_batches: int | None = None) -> Step:
         network,
         optimizer=s.optimizer,
         checkpoint="checkpoint" in arm.remedies,
+        recursive="recursive" in arm.remedies,
         optimizer_in_backward="optimizer_in_backward" in arm.remedies,
         offload="offload" in arm.remedies,
         micro_batches=micro_batches,
@@ -235,6 +237,22 @@ def _network_with_softmax(arm: Arm, s: Sizes) -> Step:
         train=train,
         evaluate=lambda: network.predict(images[:rows], **choices),
         inputs=[images, labels],
+    )
+
+
+def _by_autograd(arm: Arm, s: Sizes) -> Step:
+    """The same layers trained by autograd, each one's graph and gradients freed before the next."""
+    modules = mlp(s.pixels, s.classes, [s.hidden] * s.depth, **_factory(s))
+    layers = nn.Sequential(*(modules[k : k + 2] for k in range(0, 2 * s.depth, 2)))
+    names = [str(number) for number in range(s.depth)]
+    network = BlockLocal(layers, s.classes, loss="goodness", blocks=names, optimizer=s.optimizer)
+    images, labels = _batch(s, arm.images(s.batch))
+    return Step(
+        network=network,
+        train=lambda: network.step(images, labels),
+        evaluate=lambda: network.predict(images[: max(1, len(images) // 2)]),
+        inputs=[images, labels],
+        optimizers=network.optimizers,
     )
 
 

@@ -33,6 +33,7 @@ import psutil
 from ff_utils import utils
 from ff_utils.data import load_dataset
 from ff_utils.report import records
+from ff_utils.run import notebooks
 
 MARK = "FF_TRIAL"  # in the environment of every process of a trial: its folder
 TIME_LIMIT = 900  # seconds for one command, on a busy machine
@@ -48,15 +49,16 @@ metrics: {arm: "arms[].arm", error: "arms[].error", peak_bytes: "arms[].peak_byt
 """,
     # A scheduler and two workers of Dask, as a person starts them, and a sweep on them.
     "cluster.sh": """mkdir -p cluster; rm -f cluster/scheduler
-trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
+trap 'kill $cluster 2>/dev/null; wait' EXIT
 python="environment/bin/python -m"; quiet="--no-dashboard --host 127.0.0.1"
 $python distributed.cli.dask_scheduler $quiet --port 0 --scheduler-file cluster/scheduler &
-scheduler=$!
+scheduler=$!; cluster=$scheduler
 until [ -s cluster/scheduler ]; do sleep 0.2; kill -0 $scheduler || exit 1; done
 address=$(sed -n 's/.*"address": "\\(.*\\)".*/\\1/p' cluster/scheduler | head -1)
 for worker in 1 2; do
   $python distributed.cli.dask_worker $address $quiet --no-nanny --nthreads 1 --death-timeout 20 \
     --local-directory cluster &
+  cluster="$cluster $!"
 done
 while kill -0 $scheduler; do
   $python ff_utils sweep faults --retry-failed --scheduler $address && exit
@@ -205,15 +207,15 @@ class Trial:
             preexec_fn=prepare,
         )
 
-    def finish(self, running: subprocess.Popen) -> int:
+    def finish(self, process: subprocess.Popen) -> int:
         """Wait for a command; its exit status, and what it said in `said`."""
         try:
-            self.said = running.communicate(timeout=TIME_LIMIT)[0]
+            self.said = process.communicate(timeout=TIME_LIMIT)[0]
         except subprocess.TimeoutExpired as error:
             for one in self.processes():
                 one.kill()
             raise FaultError(f"it was still running after {TIME_LIMIT} s") from error
-        return running.returncode
+        return process.returncode
 
     def run(self, command: Command) -> int:
         """Run a command to its end."""
@@ -221,14 +223,7 @@ class Trial:
 
     def processes(self) -> list[psutil.Process]:
         """What runs for this trial."""
-        found = []
-        for one in psutil.process_iter():
-            try:
-                if one.environ().get(MARK) == str(self.folder) and one.is_running():
-                    found.append(one)
-            except psutil.Error:
-                continue
-        return [one for one in found if one.status() != psutil.STATUS_ZOMBIE]
+        return running(str(self.folder))
 
     def metrics(self, command: Command) -> object:
         """The metrics that a command wrote, times and process memory apart."""
@@ -241,13 +236,25 @@ class Trial:
     def leftovers(self) -> list[str]:
         """Temporary files, and processes that have not ended after a while."""
         deadline = time.monotonic() + GRACE
-        while (running := self.processes()) and time.monotonic() < deadline:
+        while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.5)
-        left = [f"the process {title(one)}" for one in running]
+        left = [f"the process {title(one)}" for one in left]
         for folder in ("build", "data"):
             left += [p.name for p in (self.outside / folder).rglob(".*") if p.name != ".locks"]
         names = [path.name for path in self.temporary.iterdir()]
         return left + [f"tmp/{name}" for name in names if not name.startswith(CACHES)]
+
+
+def running(folder: str) -> list[psutil.Process]:
+    """Processes of the trials in a folder, or of the one whose folder it is."""
+    found = []
+    for one in psutil.process_iter():
+        try:
+            if one.environ().get(MARK, "").startswith(folder):
+                found += [one] if one.status() != psutil.STATUS_ZOMBIE else []
+        except psutil.Error:
+            continue
+    return found
 
 
 def without_times(metrics: object) -> object:
@@ -314,7 +321,7 @@ def small_disk(trial: Trial, size: int) -> Iterator[None]:
 def kill(trial: Trial, command: Command, dice: random.Random, seconds: float) -> str:
     """Signal one of a command's processes, at a random moment of its `seconds`."""
     moment, number = dice.uniform(0, seconds), dice.choice(SIGNALS)
-    running = trial.start(command)
+    process = trial.start(command)
     time.sleep(moment)
     names = {one: title(one) for one in trial.processes()}
     if command.line.startswith("sh"):  # the shell that holds the cluster is the trial's own
@@ -327,7 +334,7 @@ def kill(trial: Trial, command: Command, dice: random.Random, seconds: float) ->
         victim = dice.choice([one for one, name in names.items() if name == kind])
         victim.send_signal(number)
         what = kind
-    trial.finish(running)
+    trial.finish(process)
     return f"{signal.Signals(number).name} to {what} after {moment:.1f} s"
 
 
@@ -455,16 +462,24 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     parameters = {"trials": options.trials, "seed": options.seed}
     run = records.Run("faults", "faults", parameters, file=utils.RESULTS / "faults.json")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, notebooks.end_quietly)
     work, rows, whole = Path(tempfile.mkdtemp(prefix="faults-")), [], {}
-    copy_checkout(work / "checkout")
-    write_images(work / "checkout" / "images")
-    for name, text in FILES.items():
-        (work / "checkout" / name).write_text(text)
-    for seed in range(options.seed, options.seed + options.trials):
-        row = run_trial(seed, work, whole)
-        rows.append(row)
-        outcome = "survived" if row["survived"] else f"NOT SURVIVED: {row['why']}"
-        print(f"seed {seed}: {row['fault']}, {row['of']}: {row['what']}: {outcome}", flush=True)
+    try:
+        copy_checkout(work / "checkout")
+        write_images(work / "checkout" / "images")
+        for name, text in FILES.items():
+            (work / "checkout" / name).write_text(text)
+        for seed in range(options.seed, options.seed + options.trials):
+            row = run_trial(seed, work, whole)
+            rows.append(row)
+            outcome = "survived" if row["survived"] else f"NOT SURVIVED: {row['why']}"
+            print(f"seed {seed}: {row['fault']}, {row['of']}: {row['what']}: {outcome}", flush=True)
+    finally:
+        for one in running(str(work)):
+            one.kill()
+        if all(row["survived"] for row in rows):
+            shutil.rmtree(work, ignore_errors=True)
     table = pd.DataFrame(rows)
     print(table.groupby(["fault", "of"]).survived.agg(tried="count", survived="sum").to_string())
     print(f"{table.survived.sum()} of {len(table)} survived")
@@ -472,7 +487,6 @@ def main(arguments: list[str] | None = None) -> None:
         run.finish({"trials": table.drop(columns="seconds")})
     if not table.survived.all():
         sys.exit(f"error: the folders of the trials that did not survive are in {work}")
-    shutil.rmtree(work)
 
 
 if __name__ == "__main__":
