@@ -15,8 +15,9 @@ NAMES     := $(basename $(notdir $(sort $(wildcard notebooks/*.ipynb))))
 # A notebook is made by its number, or by its name where it has none.
 target     = $(or $(filter 0% 1%,$(firstword $(subst _, ,$(1)))),$(1))
 TARGETS   := $(foreach name,$(NAMES),$(call target,$(name)))
-# Every file of the module, at any depth, but for those that only sweeps use.
-SOURCES   := $(filter-out ff_utils/run/sweep.py,$(sort $(shell find ff_utils -name '*.py')))
+# Every file of the module, at any depth, but for those that no notebook needs, sweeps' apart.
+APART     := ff_utils/run/sweep.py ff_utils/run/faults.py
+SOURCES   := $(filter-out $(APART),$(sort $(shell find ff_utils -name '*.py')))
 PROFILES  := $(basename $(notdir $(wildcard notebooks/profiles/*.yaml)))
 # The user root needs this: JupyterLab refuses to start without it.
 LAB       ?= $(if $(filter 0,$(shell id -u)),--allow-root)
@@ -35,7 +36,7 @@ endif
 .SUFFIXES:
 # Time and memory are measured with nothing else running.
 .NOTPARALLEL:
-.PHONY: help reproduce data train sweep publish gpu-reference test faults verify lint lab clean $(TARGETS)
+.PHONY: help reproduce data train sweep publish gpu-reference site test faults verify lint lab clean $(TARGETS)
 .DEFAULT_GOAL := help
 
 help:  ## print this help
@@ -76,6 +77,9 @@ gpu-reference: $(READY)  ## measure every arm and the example networks on this m
 	@for name in vgg16 vit_s16 gpt2; do echo "examples/$$name.py, every choice measured"; \
 	  $(PY) -m ff_utils memory --network examples/$$name.py:build --measure --json \
 	  > data/results/gpu/network_$$name.json || exit 1; done
+
+site: $(READY)  ## build/site/index.html: the notebooks and the reference as pages
+	@$(PY) docs/build.py
 
 publish:  ## put the default run's outputs into the notebooks, its numbers into README
 	@$(MAKE) --no-print-directory reproduce PROFILE=default

@@ -135,8 +135,8 @@ def test_every_module_is_packaged_and_known_to_make(clone):
     assert project["tool"]["setuptools"]["packages"] == {"find": {"include": ["ff_utils*"]}}
     assert all((path.parent / "__init__.py").exists() for path in MODULES)
     printed = make(clone, "--eval", "sources: ; @echo $(SOURCES)", "sources").stdout.split()
-    expected = {str(path.relative_to(ROOT)) for path in MODULES} - {"ff_utils/run/sweep.py"}
-    assert set(printed) == expected
+    apart = {"ff_utils/run/sweep.py", "ff_utils/run/faults.py"}
+    assert set(printed) == {str(path.relative_to(ROOT)) for path in MODULES} - apart
 
 
 # --- environment ----------------------------------------------------------------------------
@@ -203,17 +203,19 @@ def test_notebook_keeps_the_house_rules(path):
     notebook = nbformat.read(path, 4)
     cells = code(path)
     opening = notebook.cells[0].source
-    assert re.match(r"# \d+ · ", opening) and "?**" in opening
+    number = re.match(r"\d+", path.stem)
+    assert opening.startswith(f"# {int(number[0])} · " if number else "# ") and "?**" in opening
     assert re.search(r"It\s+takes", opening)
     assert len(notebook.cells) <= 36
     lengths = [c.source.count("\n") + 1 for c in cells]
-    assert statistics.median(lengths) <= 8 and max(lengths) <= 30
+    assert statistics.median(lengths) <= 12 and max(lengths) <= 30
     (tagged,) = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
     for line in tagged.source.splitlines():
         assert re.fullmatch(r"\w+: [\w\[\]]+ = .+  # [^=#]+", line), line
     kinds = notebooks.parameters(path)
     notebooks.check_values(path.stem, kinds, {name: value for name, (_, value) in kinds.items()})
-    assert not any(re.search(r"^\s*(class|def) ", c.source, re.MULTILINE) for c in cells)
+    if path.stem != "05_your_own_network":  # which shows builders that a reader writes
+        assert not any(re.search(r"^\s*(class|def) ", c.source, re.MULTILINE) for c in cells)
     assert "records.footer(record)" in cells[-1].source
     assert "Try it yourself" in notebook.cells[-1].source
 

@@ -49,7 +49,7 @@ metrics: {arm: "arms[].arm", error: "arms[].error", peak_bytes: "arms[].peak_byt
 """,
     # A scheduler and two workers of Dask, as a person starts them, and a sweep on them.
     "cluster.sh": """mkdir -p cluster; rm -f cluster/scheduler
-trap 'kill $cluster 2>/dev/null; wait' EXIT
+trap 'kill $cluster; sleep 2; kill -9 $cluster; wait' EXIT
 python="environment/bin/python -m"; quiet="--no-dashboard --host 127.0.0.1"
 $python distributed.cli.dask_scheduler $quiet --port 0 --scheduler-file cluster/scheduler &
 scheduler=$!; cluster=$scheduler
