@@ -1,7 +1,5 @@
 """What the site's charts draw: two small trainings, as notebook 1 has them, and formulas."""
 
-from contextlib import redirect_stdout
-
 import torch
 
 from ff_utils import FFConfig, ForwardForward, TrainConfig, fit, load_dataset, memory
@@ -70,8 +68,7 @@ def digits(data: Dataset) -> list[dict[str, object]]:
     config = FFConfig(label_scale=4.0, threshold=1.0, sharpness=30.0, seed=SEED)
     network = ForwardForward(data.pixels, data.classes, [HIDDEN, HIDDEN], config)
     settings = {"epochs": 20, "batch_size": 50, "learning_rate": 0.003, "negatives": "hard"}
-    with redirect_stdout(None):  # a line for every epoch
-        fit(network, data, TrainConfig(**settings, seed=SEED))
+    fit(network, data, TrainConfig(**settings, seed=SEED), quiet=True)
     found = network.label_goodness(data.test_images)
     predicted = found.sum(0).argmax(1)
     is_right = predicted == data.test_labels

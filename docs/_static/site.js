@@ -8,6 +8,10 @@ document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll(".caption[role=heading]").forEach((caption) => {
     caption.setAttribute("aria-level", "2");
   });
+  // What scrolls sideways can be scrolled by keyboard.
+  document.querySelectorAll("pre, .cell_output, .table-wrapper, .equation").forEach((part) => {
+    if (part.scrollWidth > part.clientWidth) part.tabIndex = 0;
+  });
 
   const folded = [...document.querySelectorAll(".cell details.hide")];
   const heading = document.querySelector("article h1");
