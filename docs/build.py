@@ -38,15 +38,8 @@ FAULTS = utils.RESULTS / "faults.json"
 SCRIPTS = "".join(
     f'<script src="../_static/{name}.js"></script>\n' for name in ("charts-data", "charts")
 )
-LINKED = [  # what pages show or link to
-    "figures/*.png",
-    "data/claims.yaml",
-    "data/results/sweeps/*.csv",
-    "notebooks/*.yaml",
-    "examples/*.py",
-    "LICENSE",
-    "*.cff",
-]
+LINK = re.compile(r"\]\(([^()\s#:]+)\)")
+EMPTY_HEADING = re.compile(r"<th\b([^>]*)>(?:\s|&nbsp;)*</th>")
 # A chart follows the cell that draws the figure of this name.
 CHARTS = {"01_goodness": "goodness", "01_prediction": "digits", "04_your_sizes": "memory"}
 
@@ -78,6 +71,9 @@ def notebook_page(path: Path, pictures: Path) -> nbformat.NotebookNode:
                 title = f"Figure {int(number[1])}.{figures}" if number else f"Figure {figures}"
                 about = output.metadata.get("image/png", {})
                 output.data = {"text/html": _figure(name, content, title, about)}
+            elif "text/html" in output.get("data", {}):  # a table; an empty cell is no heading
+                table = output.data["text/html"]
+                output.data["text/html"] = EMPTY_HEADING.sub(r"<td\1></td>", table)
         for figure, chart in CHARTS.items():
             if f'"{figure}"' in cell.source:
                 charts.append((cell, f'<div class="chart" data-chart="{chart}"></div>'))
@@ -343,9 +339,14 @@ def pages(source: Path, folder: Path) -> Iterator[tuple[str, str | bytes]]:
         yield name, (utils.ROOT / name).read_text(encoding="utf-8")
     readme = (utils.ROOT / "README.md").read_text(encoding="utf-8")
     yield "index.md", readme + contents(sorted(generated))
-    for pattern in LINKED:
-        for path in sorted(utils.ROOT.glob(pattern)):
-            yield str(path.relative_to(utils.ROOT)), path.read_bytes()
+
+
+def linked(name: str, text: str) -> Iterator[Path]:
+    """Files of the repository, other than pages, that a page shows or links to."""
+    for target in LINK.findall(text):
+        path = ((utils.ROOT / name).parent / target).resolve()
+        if path.is_file() and path.suffix not in (".md", ".ipynb"):
+            yield path
 
 
 def contents(generated: list[str]) -> str:
@@ -383,6 +384,8 @@ def build(folder: Path, output: Path) -> int:
     for name, content in pages(source, folder):
         if name.endswith((".md", ".ipynb")):
             content = content.replace("README.md", "index.md")
+            for path in linked(name, content):
+                _write(source / path.relative_to(utils.ROOT), path.read_bytes())
         _write(source / name, content)
         written.add(source / name)
     for path in [p for p in source.rglob("*.*") if p.suffix in (".md", ".ipynb")]:

@@ -37,8 +37,7 @@ html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#a8410f", "color-brand-content": "#a8410f"},
     "dark_css_variables": {"color-brand-primary": "#ff9e6b", "color-brand-content": "#ff9e6b"},
 }
-# A link to a heading of README that a page of its own has no part of; a name that two pages use.
-suppress_warnings = ["myst.xref_missing", "myst.header", "mystnb.unknown_mime_type"]
+suppress_warnings = ["mystnb.unknown_mime_type"]
 
 
 def number_cells(app: object, doctree: object) -> None:

@@ -50,7 +50,7 @@
   function goodness(place, data) {
     const [width, height, left, bottom, top] = [640, 300, 8, 44, 26];
     const svg = drawing(width, height);
-    const most = Math.max(...data.positive.flat(), ...data.negative.flat());
+    let most = 1;
     const [first, last] = [data.edges[0], data.edges.at(-1)];
     const x = (value) => left + ((value - first) / (last - first)) * (width - 2 * left);
     const y = (count) => height - bottom - (count / most) * (height - bottom - top);
@@ -62,6 +62,7 @@
 
     function draw(moment) {
       svg.replaceChildren();
+      most = Math.max(...data.positive[moment], ...data.negative[moment]);
       const said = [];
       for (const kind of ["positive", "negative"]) {
         const counts = data[kind][moment];

@@ -8,8 +8,11 @@ document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll(".caption[role=heading]").forEach((caption) => {
     caption.setAttribute("aria-level", "2");
   });
+  document.querySelectorAll("details.hide > summary").forEach((summary) => {
+    summary.removeAttribute("aria-label");  // its text says what it does
+  });
   // What scrolls sideways can be scrolled by keyboard.
-  document.querySelectorAll("pre, .cell_output, .table-wrapper, .equation").forEach((part) => {
+  document.querySelectorAll("pre, .output, .table-wrapper, .equation").forEach((part) => {
     if (part.scrollWidth > part.clientWidth) part.tabIndex = 0;
   });
 
@@ -33,8 +36,10 @@ document.addEventListener("DOMContentLoaded", () => {
   }
   // A cell that a link leads to is unfolded.
   const target = location.hash ? document.getElementById(location.hash.slice(1)) : null;
-  target?.querySelectorAll("details.hide").forEach((part) => { part.open = true; });
-  target?.scrollIntoView();
+  if (target?.classList.contains("cell")) {
+    target.querySelectorAll("details.hide").forEach((part) => { part.open = true; });
+    target.scrollIntoView();
+  }
 
   const buttons = [...document.querySelectorAll(".filter button")];
   buttons.forEach((button) => button.addEventListener("click", () => {
