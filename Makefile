@@ -68,8 +68,8 @@ verify: $(READY)  ## judge every claim of the ledger against the records
 lint: $(READY)  ## format the code and report what the formatter cannot mend
 	@$(PY) -m ruff format && $(PY) -m ruff check --fix
 
-lab: $(READY)  ## open JupyterLab on the notebooks: LAB='options of its own'
-	@$(PY) -m jupyterlab --notebook-dir=notebooks $(LAB)
+lab: $(READY)  ## open JupyterLab on the notebooks, saved on request only: LAB='options of its own'
+	@$(PY) -m jupyterlab --notebook-dir=notebooks --LabApp.app_settings_dir=docs/lab $(LAB)
 
 gpu-reference: $(READY)  ## measure every arm and the example networks on this machine's GPU
 	@$(PY) -m pytest tests/test_cuda.py

@@ -402,7 +402,11 @@ def main() -> None:
     parser.add_argument("--notebooks", type=Path, default=utils.NOTEBOOKS)
     parser.add_argument("--output", type=Path, default=utils.BUILD / "site")
     options = parser.parse_args()
-    if status := build(options.notebooks, options.output):
+    try:
+        status = build(options.notebooks, options.output)
+    except (ValueError, OSError) as error:  # a record or a claim that is missing, for one
+        sys.exit(f"error: {error}")
+    if status:
         sys.exit(status)
     print(f"site      {utils.relative(options.output / 'index.html')}")
 

@@ -3,9 +3,11 @@
 import json
 import re
 import struct
+import sys
 import zlib
 from base64 import b64encode
 from html import unescape
+from pathlib import Path
 
 import chart_data
 import mathml
@@ -99,6 +101,18 @@ def test_claim_leads_to_the_cell_that_computes_its_metric():
     name, cell = build.testing_cell("04_memory_profiling: claims.seed_growth")
     cells = nbformat.read(utils.NOTEBOOKS / f"{name}.ipynb", 4).cells
     assert "memory_metrics(" in [c.source for c in cells if c.cell_type == "code"][cell - 1]
+
+
+def test_lab_has_the_settings_that_keep_committed_notebooks_unchanged():
+    schemas = Path(sys.prefix) / "share" / "jupyter" / "lab" / "schemas"
+    overrides = json.loads((utils.ROOT / "docs" / "lab" / "overrides.json").read_text())
+    assert overrides["@jupyterlab/docmanager-extension:plugin"] == {"autosave": False}
+    for plugin, settings in overrides.items():  # JupyterLab ignores names that it doesn't know
+        package, name = plugin.split(":")
+        known = json.loads((schemas / package / f"{name}.json").read_text())["properties"]
+        assert set(settings) <= set(known), plugin
+    started = re.search(r"^lab:.*\n\t(.*)", (utils.ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert "app_settings_dir=docs/lab" in started[1]
 
 
 # --- charts ---------------------------------------------------------------------------------
