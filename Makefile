@@ -79,7 +79,7 @@ gpu-reference: $(READY)  ## measure every arm and the example networks on this m
 	  > data/results/gpu/network_$$name.json || exit 1; done
 
 site: $(READY)  ## build/site/index.html: the notebooks and the reference as pages
-	@$(PY) docs/build.py
+	@$(PY) docs/make_site.py
 
 publish:  ## put the default run's outputs into the notebooks, its numbers into README
 	@$(MAKE) --no-print-directory reproduce PROFILE=default

@@ -1,4 +1,4 @@
-"""Sphinx's settings, for the pages that docs/build.py prepares."""
+"""Sphinx's settings, for the pages that docs/make_site.py prepares."""
 
 import re
 import sys

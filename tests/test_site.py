@@ -10,12 +10,12 @@ from html import unescape
 from pathlib import Path
 
 import chart_data
+import make_site
 import mathml
 import nbformat
 import pytest
 from nbformat import v4
 
-import build
 from ff_utils import memory, utils
 from ff_utils.memory.formulas import FORMULAS
 from ff_utils.report import claims
@@ -63,7 +63,7 @@ def page(tmp_path):
     ]
     path = tmp_path / "01_small.ipynb"
     nbformat.write(v4.new_notebook(cells=cells), path)
-    return build.notebook_page(path, tmp_path / "cells")
+    return make_site.notebook_page(path, tmp_path / "cells")
 
 
 def test_long_code_is_folded_and_widgets_are_left_out(page):
@@ -87,18 +87,18 @@ def test_chart_follows_the_cell_that_draws_its_figure(page):
 
 
 def test_every_figure_with_a_chart_is_drawn_by_one_cell():
-    for figure in build.CHARTS:
+    for figure in make_site.CHARTS:
         path = next(utils.NOTEBOOKS.glob(f"{figure[:2]}_*.ipynb"))
         sources = [cell.source for cell in nbformat.read(path, 4).cells]
         assert sum(f'"{figure}"' in text for text in sources) == 1, figure
 
 
 def test_claim_leads_to_the_cell_that_computes_its_metric():
-    name, cell = build.testing_cell("03_backprop_baseline: ff_time_ratio")
+    name, cell = make_site.testing_cell("03_backprop_baseline: ff_time_ratio")
     cells = nbformat.read(utils.NOTEBOOKS / f"{name}.ipynb", 4).cells
     code = [cell.source for cell in cells if cell.cell_type == "code"]
     assert re.search(r"^ratio = ", code[cell - 1], flags=re.MULTILINE)
-    name, cell = build.testing_cell("04_memory_profiling: claims.seed_growth")
+    name, cell = make_site.testing_cell("04_memory_profiling: claims.seed_growth")
     cells = nbformat.read(utils.NOTEBOOKS / f"{name}.ipynb", 4).cells
     assert "memory_metrics(" in [c.source for c in cells if c.cell_type == "code"][cell - 1]
 
@@ -164,7 +164,7 @@ def test_memory_chart_has_the_formula_at_every_size(numbers):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("built") / "site"
-    assert build.build(utils.NOTEBOOKS, folder) == 0
+    assert make_site.build(utils.NOTEBOOKS, folder) == 0
     return {
         path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.html")
     }, folder

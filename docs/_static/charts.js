@@ -1,4 +1,4 @@
-// The three charts. Their numbers are in charts-data.js, which docs/build.py writes.
+// The three charts. Their numbers are in charts-data.js, which docs/make_site.py writes.
 "use strict";
 
 (() => {

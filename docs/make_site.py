@@ -1,4 +1,4 @@
-"""Build the site: `python docs/build.py` writes build/site/index.html and its pages.
+"""Build the site: `python docs/make_site.py` writes build/site/index.html and its pages.
 
 No notebook is executed: the committed ones are shown with their outputs, and every table is read
 from a record or from the code. The pages open from disk and ask nothing of a network.
