@@ -137,10 +137,40 @@ def test_histograms_share_the_goodness_axis():
     assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
 
 
-def test_label_goodness_frames_the_true_label():
-    figure = plots.label_goodness([(torch.rand(9), torch.tensor([1.0, 3, 2]), 2)], (3, 3), "t")
-    assert [bar.get_linewidth() > 0 for bar in figure.axes[1].patches] == [False, False, True]
-    assert "chosen 1, true 2" in titles(figure)[1]
+@pytest.fixture
+def digits():
+    """Three images, of labels 1, 0, 1: the first two read rightly, the last one misread."""
+    goodness = torch.tensor(
+        [[[1.0, 3, 2], [2, 1, 0], [0, 0, 1]], [[0.0, 1, 0], [1, 0, 0], [0, 0, 2]]]
+    )
+    return live.digits(torch.rand(3, 9), (3, 3), torch.tensor([1, 0, 1]), goodness)
+
+
+def test_digits_are_one_of_each_label_and_those_that_are_misread(digits):
+    assert list(digits) == ["0", "1", "1 read as 2"]
+    assert digits["1"]["goodness"] == [[1, 3, 2], [0, 1, 0]]
+    assert digits["1 read as 2"]["predicted"] == 2
+
+
+def test_label_goodness_frames_the_true_label_and_adds_the_layers_up(digits):
+    figure = plots.label_goodness(digits, "t", "1 read as 2", digit="1")
+    bars = ["layer 1", "layer 2", "all layers"]
+    assert titles(figure)[:4] == ["true label 1\nread as 1: right", *bars]
+    assert titles(figure)[4:] == ["true label 1\nread as 2: wrong", *bars]
+    for axis in figure.axes[1:4] + figure.axes[5:]:
+        assert [bar.get_linewidth() > 0 for bar in axis.patches] == [False, True, False]
+    assert [bar.get_height() for bar in figure.axes[3].patches] == [1, 4, 2]
+
+
+def test_goodness_chart_counts_every_input_and_its_figure_shows_the_step_that_is_chosen():
+    low, high = torch.full((5,), 0.5), torch.linspace(1, 2, 5)
+    chart = live.goodness_chart({0: (low, low), 8: (high, low)}, theta=0.7, bins=4)
+    assert chart["steps"] == [0, 8] and chart["theta"] == 0.7
+    assert [sum(counts) for counts in chart["positive"] + chart["negative"]] == [5] * 4
+    assert chart["positive"][0] == chart["negative"][0] != chart["positive"][1]
+    figure = plots.goodness_in_training(chart, "t", step=8)
+    assert titles(figure)[0] == "after 8 training steps"
+    assert figure.axes[0].patches[0].get_data().values.tolist() == chart["positive"][1]
 
 
 def test_ranks_show_measured_above_computed():

@@ -1,9 +1,10 @@
-"""Figures with sliders in JupyterLab, still pictures everywhere else."""
+"""Figures with sliders in JupyterLab, still pictures everywhere else; the numbers they draw."""
 
 import inspect
 import os
 from collections.abc import Callable, Sequence
 
+import torch
 from IPython.display import display
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -39,3 +40,60 @@ def live(show: Callable, name: str, alt: str, draw: Callable, **controls: Sequen
     }
     clear_output()  # the sliders' own picture takes the still one's place
     display(ipywidgets.interactive(redraw, **sliders))
+
+
+def goodness_chart(
+    found: dict[int, tuple[torch.Tensor, torch.Tensor]], theta: float, bins: int = 40
+) -> dict[str, object]:
+    """Histograms of goodness over training, as records and the site's chart hold them.
+
+    found: by training step, the goodness of positive and of negative inputs, each (inputs,).
+    Returns edges (of the bins), steps, positive and negative (a list of counts for each step),
+    theta. The last bin holds the thousandth part that is beyond it.
+    """
+    every = torch.cat([g for pair in found.values() for g in pair])
+    edges = torch.linspace(0, every.quantile(0.999).item(), bins + 1)
+
+    def counts(kind: int) -> list[list[int]]:
+        shown = [pair[kind].clamp(max=edges[-1]) for pair in found.values()]
+        return [torch.histogram(g, edges)[0].int().tolist() for g in shown]
+
+    return {
+        "edges": [round(edge, 3) for edge in edges.tolist()],
+        "steps": list(found),
+        "positive": counts(0),
+        "negative": counts(1),
+        "theta": theta,
+    }
+
+
+def digits(
+    images: torch.Tensor, shape: tuple[int, int], labels: torch.Tensor, goodness: torch.Tensor
+) -> dict[str, dict]:
+    """Some digits with every layer's goodness of every label, by name: the first of each label that
+    is read rightly, then two that are misread.
+
+    images: (N, pixels). labels: (N,), the true ones. goodness: (layers, N, classes).
+    Each has label, predicted, pixels (rows of numbers from 0 to 1), goodness (a row per layer).
+    """
+    predicted = goodness.sum(0).argmax(1)
+    is_right = predicted == labels
+    chosen = {}
+    for k in is_right.nonzero()[:, 0].tolist():
+        chosen.setdefault(f"{labels[k]}", k)
+    chosen = dict(sorted(chosen.items()))
+    for k in (~is_right).nonzero()[:2, 0].tolist():
+        chosen.setdefault(f"{labels[k]} read as {predicted[k]}", k)
+    return {
+        name: {
+            "label": int(labels[k]),
+            "predicted": int(predicted[k]),
+            "pixels": _rounded(images[k].view(shape)),
+            "goodness": _rounded(goodness[:, k]),
+        }
+        for name, k in chosen.items()
+    }
+
+
+def _rounded(values: torch.Tensor) -> list[list[float]]:
+    return [[round(value, 3) for value in row] for row in values.tolist()]

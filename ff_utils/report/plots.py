@@ -384,23 +384,58 @@ def _image(axis: plt.Axes, row: torch.Tensor, shape: tuple[int, ...]) -> None:
     axis.set_axis_off()
 
 
-def label_goodness(
-    cases: Sequence[tuple[torch.Tensor, torch.Tensor, int]], shape: tuple[int, ...], title: str
-) -> Figure:
-    """Each case (image, goodness of each label, true label): the image beside a bar a label."""
-    count = 2 * len(cases)
-    kind = {"columns": count, "size": (2.5, 2.6), "width_ratios": [1, 2.4] * len(cases)}
-    figure, axes = panels([""] * count, title=title, **kind)
-    for picture, axis, (image, found, true) in zip(axes[::2], axes[1::2], cases, strict=True):
-        _image(picture, image, shape)
-        chosen = int(found.argmax())
-        drawn = axis.bar(range(len(found)), found.tolist(), color=PALE_ORANGE, lw=0)
-        drawn[chosen].set_facecolor(ORANGE)
-        drawn[true].set(edgecolor="black", linewidth=1.5)
-        axis.set(xticks=range(len(found)), xlabel="label tried", ylabel="goodness")
+def label_goodness(digits: dict[str, dict], title: str, below: str, *, digit: str) -> Figure:
+    """Two of `digits`, each a row: the image, and a bar a label for each layer and for all of them.
+
+    digits: by name, as `live.digits` gives them. digit: the one on top. below: the other one.
+    """
+    layers = len(digits[digit]["goodness"])
+    names = [f"layer {number}" for number in range(1, layers + 1)] + ["all layers"]
+    kind = {"columns": layers + 2, "size": (2.6, 2.5), "width_ratios": [0.8] + [1] * len(names)}
+    figure, axes = panels([""] * 2 * (layers + 2), title=title, **kind)
+    for row, name in enumerate((digit, below)):
+        shown, (picture, *charts) = digits[name], axes[row * (layers + 2) :][: layers + 2]
+        true, chosen = shown["label"], shown["predicted"]
+        pixels = torch.tensor(shown["pixels"])
+        _image(picture, pixels, tuple(pixels.shape))
         verdict = "right" if chosen == true else "wrong"
-        name = f"chosen {chosen}, true {true} (framed): {verdict}"
-        axis.set_title(name, fontsize=SMALL, weight="normal")
+        picture.set_title(f"true label {true}\nread as {chosen}: {verdict}", fontsize=NORMAL)
+        found = np.array(shown["goodness"])
+        for axis, values, heading in zip(charts, [*found, found.sum(0)], names, strict=True):
+            drawn = axis.bar(range(len(values)), values, color=PALE_ORANGE, lw=0)
+            drawn[int(values.argmax())].set_facecolor(ORANGE)
+            drawn[true].set(edgecolor="black", linewidth=1.5)
+            axis.set_title(heading, fontsize=NORMAL, weight="normal")
+            axis.set_xticks(range(len(values)))
+            axis.set_xlabel("label tried" if row else "")
+        charts[0].set_ylabel("goodness")
+    write_note(figure, "framed: the true label; dark: the label with the most goodness")
+    return figure
+
+
+def goodness_in_training(chart: dict, title: str, *, step: int) -> Figure:
+    """Goodness of positive and negative inputs after `step` training steps, and its mean over time.
+
+    chart: as `live.goodness_chart` gives it.
+    """
+    names = [f"after {step} training steps", "mean goodness during training"]
+    figure, (left, right) = panels(names, title=title, columns=2, size=(4, 3.2))
+    edges, moment = np.array(chart["edges"]), chart["steps"].index(step)
+    ends = []
+    for kind, colour in (("positive", POSITIVE), ("negative", NEGATIVE)):
+        counts = np.array(chart[kind])
+        left.stairs(counts[moment], edges, fill=True, color=colour, alpha=0.65, label=kind)
+        means = counts @ (edges[1:] + edges[:-1]) / 2 / counts.sum(1)
+        right.plot(chart["steps"], means, color=colour, lw=2.4)
+        ends.append((chart["steps"][-1], means[-1], kind, colour))
+    dashed = {"color": GREY, "lw": 1.2, "ls": "--"}
+    left.axvline(chart["theta"], label="theta", **dashed)
+    right.axhline(chart["theta"], **dashed)
+    right.axvline(step, color="black", lw=1)
+    left.set(xlabel="goodness", ylabel="inputs", xlim=(0, max(edges[-1], 1.1 * chart["theta"])))
+    right.set(xlabel="training steps", ylim=(0, None))
+    left.legend()
+    label_ends(right, ends)
     return figure
 
 
@@ -410,7 +445,7 @@ def histograms(
     title: str,
     share_x: bool = True,
 ) -> Figure:
-    """Goodness of positive and negative samples; a panel for each (title, positive, negative)."""
+    """Goodness of positive and negative inputs; a panel for each (title, positive, negative)."""
     figure, axes = panels([name for name, *_ in cases], title=title, sharex=share_x)
     every = torch.cat([torch.cat(case[1:]) for case in cases])
     for axis, (_, positive, negative) in zip(axes, cases, strict=True):
@@ -422,7 +457,7 @@ def histograms(
         if theta is not None:
             axis.axvline(theta, color=GREY, lw=1, ls="--", label=f"theta = {theta:g}")
         axis.set(yticks=[], xlabel="goodness")
-    axes[0].set_ylabel("samples")
+    axes[0].set_ylabel("inputs")
     axes[:4][-1].legend()
     return figure
 
