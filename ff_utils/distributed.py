@@ -469,14 +469,22 @@ def torchrun_command(ranks: int, settings: Settings, *options: str) -> list[str]
     return command
 
 
-def launch(ranks: int, settings: Settings, checkpoint: str | os.PathLike | None = None) -> dict:
-    """Train in `ranks` fresh processes of this machine, one thread each; returns the record.
+def launch(
+    ranks: int,
+    settings: Settings,
+    checkpoint: str | os.PathLike | None = None,
+    threads: int = 1,
+) -> dict:
+    """Train in `ranks` fresh processes of this machine; returns the record.
+
+    threads: of each process.
 
     They end with this process. RuntimeError with the reason where they fail.
     """
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.json"
         options = ["--record", str(record), "--end-with", str(os.getpid())]
+        options += ["--threads", str(threads)]
         if checkpoint:
             options += ["--checkpoint", str(user_path(checkpoint))]
         command = torchrun_command(ranks, settings, *options)

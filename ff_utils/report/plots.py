@@ -463,36 +463,36 @@ def histograms(
 
 
 def ranks(
-    measured: Sequence[Sequence[tuple[float, float]]],
-    computed: Sequence[Sequence[tuple[float, float, str]]],
+    batches: Sequence[Sequence[tuple[float, float]]],
+    parts: Sequence[Sequence[tuple[float, float, str]]],
     *,
     title: str,
     note: str = "",
 ) -> Figure:
-    """Work of each rank over time, in seconds: FF as measured, above backprop as computed.
+    """Measured work of each rank over time, in seconds: FF above pipelined backprop.
 
-    measured: (start, end) of every batch on each rank. computed: (start, end, "forward" or
-    "backward") of every micro-batch. The first rank is at the bottom.
+    batches: (start, end) of every batch on each rank. parts: (start, end, "forward", "backward" or
+    "update") of every micro-batch and update. The first rank is at the bottom.
     """
-    titles = ["Forward-Forward, measured: batches, by number"]
-    titles += ["backpropagation, computed from the same times: micro-batches of as many batches"]
-    kind = {"columns": 1, "size": (8, 0.8 + 0.45 * len(measured)), "sharex": True, "sharey": True}
+    titles = ["Forward-Forward: each number is a batch"]
+    titles += ["backpropagation, pipelined: micro-batches of as many batches"]
+    kind = {"columns": 1, "size": (8, 0.8 + 0.45 * len(batches)), "sharex": True, "sharey": True}
     figure, axes = panels(titles, title=title, note=note, **kind)
-    colours = {"forward": BLUE, "backward": PALE_BLUE}
-    for rank, (batches, parts) in enumerate(zip(measured, computed, strict=True)):
-        spans = [(start, end - start) for start, end in batches]
+    colours = {"forward": BLUE, "backward": PALE_BLUE, "update": GREY}
+    for rank, (own, own_parts) in enumerate(zip(batches, parts, strict=True)):
+        spans = [(start, end - start) for start, end in own]
         axes[0].broken_barh(spans, (rank - 0.4, 0.8), facecolors=[ORANGE, PALE_ORANGE], lw=0)
-        for number, (start, end) in enumerate(batches, start=1):
+        for number, (start, end) in enumerate(own, start=1):
             axes[0].text((start + end) / 2, rank, number, ha="center", va="center", fontsize=9)
-        spans = [(start, end - start) for start, end, _ in parts]
-        filled = [colours[name] for *_, name in parts]
+        spans = [(start, end - start) for start, end, _ in own_parts]
+        filled = [colours[name] for *_, name in own_parts]
         axes[1].broken_barh(spans, (rank - 0.4, 0.8), facecolors=filled, ec="white", lw=0.4)
     for axis in axes:
-        axis.set_yticks(range(len(measured)), [f"rank {rank}" for rank in range(len(measured))])
+        axis.set_yticks(range(len(batches)), [f"rank {rank}" for rank in range(len(batches))])
         axis.grid(False)
     axes[1].set_xlabel("seconds")
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
-    figure.legend(handles=handles, ncols=2, loc="outside lower right")
+    figure.legend(handles=handles, ncols=3, loc="outside lower right")
     return figure
 
 
