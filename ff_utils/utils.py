@@ -178,15 +178,17 @@ def track(items: Sequence, what: str = "epoch", done: int = 0, total: int = 0) -
         print(f"{what} {done + number} of {total}, {ending}", flush=True)
 
 
-def time_alternately(tasks: dict[str, Callable[[], object]], rounds: int) -> "pd.DataFrame":
+def time_alternately(
+    tasks: dict[str, Callable[[], object]], rounds: int, *, quiet: bool = False
+) -> "pd.DataFrame":
     """Seconds of every task (columns), all in turn, `rounds` times (rows) after one to warm up.
 
     A machine's speed drifts: in turn, every task meets the same drift.
     """
     import pandas as pd
 
-    rows = []
-    for _ in track(range(rounds + 1), "round"):
+    rows, numbers = [], range(rounds + 1)
+    for _ in numbers if quiet else track(numbers, "round"):
         seconds = {}
         for name, task in tasks.items():
             start = time.perf_counter()
