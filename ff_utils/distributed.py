@@ -424,34 +424,6 @@ def _prepare(settings: Settings, ranks: Ranks, checkpoint: Path | None) -> tuple
     return data.to(ranks.device), run | {"settings": given}
 
 
-# --- What backprop would do -----------------------------------------------------------------
-
-
-def backprop_timeline(
-    stage_seconds: list[float], micro_batches: int, batches: int
-) -> list[list[tuple[float, float, str]]]:
-    """Each rank's (start, end, "forward" or "backward") in pipelined backpropagation, computed.
-
-    A batch goes up in parts (GPipe, arXiv 1811.06965) and must come down again before the weights
-    change and the next one starts. stage_seconds: of a batch's work on each rank, a third of it
-    forward, two thirds backward. With p equal ranks and m parts, (p - 1) / (m + p - 1) of the
-    time is idle.
-    """
-    ranks = range(len(stage_seconds))
-    rows, now = [[] for _ in ranks], 0.0
-    for _ in range(batches):
-        free = [now] * len(stage_seconds)
-        for kind, share, order in (("forward", 1 / 3, ranks), ("backward", 2 / 3, ranks[::-1])):
-            for _ in range(micro_batches):
-                ready = 0.0
-                for rank in order:
-                    start = max(free[rank], ready)
-                    free[rank] = ready = start + share * stage_seconds[rank] / micro_batches
-                    rows[rank].append((start, ready, kind))
-        now = max(free)
-    return rows
-
-
 # --- Processes ------------------------------------------------------------------------------
 
 

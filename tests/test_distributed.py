@@ -252,13 +252,3 @@ def test_partition_is_as_even_as_whole_layers_allow():
         assert [n for share in found for n in share] == list(range(depth)) and all(found)
         best = min(map(largest, itertools.combinations(range(1, depth), ranks - 1)))
         assert largest([share.stop for share in found[:-1]]) == best
-
-
-@pytest.mark.parametrize(("ranks", "parts"), [(1, 1), (2, 4), (4, 3)])
-def test_backprop_timeline_is_idle_as_long_as_is_known(ranks, parts):
-    rows = distributed.backprop_timeline([0.6] * ranks, parts, batches=2)
-    length = max(end for row in rows for _, end, _ in row)
-    busy = sum(end - start for row in rows for start, end, _ in row) / (ranks * length)
-    assert 1 - busy == pytest.approx((ranks - 1) / (parts + ranks - 1))
-    for row in rows:
-        assert all(end <= start + 1e-12 for (_, end, _), (start, _, _) in pairwise(row))

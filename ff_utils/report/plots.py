@@ -475,7 +475,7 @@ def ranks(
     "update") of every micro-batch and update. The first rank is at the bottom.
     """
     titles = ["Forward-Forward: each number is a batch"]
-    titles += ["backpropagation, pipelined: micro-batches of as many batches"]
+    titles += ["backprop, pipelined in micro-batches"]
     kind = {"columns": 1, "size": (8, 0.8 + 0.45 * len(batches)), "sharex": True, "sharey": True}
     figure, axes = panels(titles, title=title, note=note, **kind)
     colours = {"forward": BLUE, "backward": PALE_BLUE, "update": GREY}
@@ -492,7 +492,7 @@ def ranks(
         axis.grid(False)
     axes[1].set_xlabel("seconds")
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
-    figure.legend(handles=handles, ncols=3, loc="outside lower right")
+    axes[1].legend(handles=handles, ncols=3, loc="lower right", bbox_to_anchor=(1, 0.97))
     return figure
 
 
