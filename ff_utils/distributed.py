@@ -74,6 +74,7 @@ class Settings:
 
     dataset: str = "auto"
     train_size: int = 0
+    test_size: int = 0
     hidden: tuple[int, ...] = (1000, 1000, 1000, 1000)
     epochs: int = 2
     batch_size: int = 500
@@ -86,6 +87,7 @@ class Settings:
     def __post_init__(self) -> None:
         """ValueError for a value out of range, whatever the data."""
         check_number("train_size", self.train_size, 0, whole=True)
+        check_number("test_size", self.test_size, 0, whole=True)
         check_ints("hidden", self.hidden, 1)
         self.configs()
 
@@ -411,7 +413,8 @@ def _prepare(settings: Settings, ranks: Ranks, checkpoint: Path | None) -> tuple
             f"hidden has {len(settings.hidden)} layers for {ranks.size} ranks; give at least one "
             "layer for each."
         )
-    data = load_dataset(settings.dataset, settings.train_size or None)
+    sizes = settings.train_size or None, settings.test_size or None
+    data = load_dataset(settings.dataset, *sizes)
     check_fit(data, settings.configs()[1])
     given = asdict(settings) | {"hidden": list(settings.hidden)}
     given |= {"dataset": data.name, "checksum": data.checksum}
