@@ -24,14 +24,14 @@ def time_epochs(
 ) -> pd.DataFrame:
     """Seconds of an epoch of both algorithms and of their evaluation, timed alternately.
 
-    images: of an epoch, and at most as many test images to predict. hidden: widths, of both. ff,
+    images: of an epoch; a fifth as many test images are predicted. hidden: widths, of both. ff,
     ff_training, training: settings of FF, of its training and of backprop's (one epoch each).
     rounds: rows of the result, after one round that does not count. Columns: "FF", "backprop"
     (to train); "FF by softmax", "FF by goodness", "backprop's classes" (to predict).
     """
     whole = load_dataset(dataset).to(default_device())
     data = whole.subset(min(images, len(whole.train_labels)), 1)  # so that fit hardly evaluates
-    some = whole.subset(1, min(images, len(whole.test_labels)))
+    some = whole.subset(1, min(images // 5, len(whole.test_labels)))
     device = data.train_images.device
     network = ForwardForward(data.pixels, data.classes, hidden, ff, device=device)
     twin = mlp(data.pixels, data.classes, hidden, seed=ff.seed, device=device)
