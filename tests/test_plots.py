@@ -173,7 +173,7 @@ def test_goodness_chart_counts_every_input_and_its_figure_shows_the_step_that_is
     assert figure.axes[0].patches[0].get_data().values.tolist() == chart["positive"][1]
 
 
-def test_ranks_show_measured_above_computed():
+def test_ranks_show_ff_above_pipelined_backprop():
     figure = plots.ranks([[(0, 1), (1, 3)]], [[(0, 1, "forward"), (1, 3, "backward")]], title="t")
     assert words(figure.axes[0]) == ["1", "2"]
     assert figure.axes[1].get_xlim()[1] >= 3
