@@ -39,6 +39,7 @@ SCRIPTS = "".join(
     f'<script src="../_static/{name}.js"></script>\n' for name in ("charts-data", "charts")
 )
 LINK = re.compile(r"\]\(([^()\s#:]+)\)")
+TO_NOTEBOOK = re.compile(r'href="(\w+)\.ipynb"')  # in a table, where Sphinx follows no links
 EMPTY_HEADING = re.compile(r"<th\b([^>]*)>(?:\s|&nbsp;)*</th>")
 # A chart follows the cell that draws the figure of this name.
 CHARTS = {"01_goodness": "goodness", "01_prediction": "digits", "04_your_sizes": "memory"}
@@ -73,7 +74,8 @@ def notebook_page(path: Path, pictures: Path) -> nbformat.NotebookNode:
                 output.data = {"text/html": _figure(name, content, title, about)}
             elif "text/html" in output.get("data", {}):  # a table; an empty cell is no heading
                 table = output.data["text/html"]
-                output.data["text/html"] = EMPTY_HEADING.sub(r"<td\1></td>", table)
+                table = EMPTY_HEADING.sub(r"<td\1></td>", table)
+                output.data["text/html"] = TO_NOTEBOOK.sub(r'href="\1.html"', table)
         for figure, chart in CHARTS.items():
             if f'"{figure}"' in cell.source:
                 charts.append((cell, f'<div class="chart" data-chart="{chart}"></div>'))

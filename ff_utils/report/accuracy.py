@@ -44,7 +44,7 @@ def readings() -> pd.DataFrame:
 def latest() -> pd.DataFrame:
     """Of `readings`, the longest run of every form and seed with today's settings."""
     rows = readings()
-    rows = rows[~rows.earlier].sort_values("epochs", kind="stable")
+    rows = rows[~rows.earlier.astype(bool)].sort_values("epochs", kind="stable")
     return rows.drop_duplicates(["form", "seed"], keep="last").sort_values(["form", "seed"])
 
 
