@@ -14,6 +14,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -40,16 +41,10 @@ def compare(settings: Settings, ranks: int, micro_batches: int, rounds: int) -> 
     check_number("ranks", ranks, 2, len(settings.hidden), whole=True)
     check_number("micro_batches", micro_batches, 1, settings.batch_size, whole=True)
     check_number("rounds", rounds, 1, whole=True)
-    before = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ.update(process.RETURN_FREED_MEMORY)  # as `distributed.launch` does
-        try:
-            given = (ranks, settings, micro_batches, rounds, folder)
+        given = (ranks, settings, micro_batches, rounds, folder)
+        with patch.dict(os.environ, process.RETURN_FREED_MEMORY):  # as `distributed.launch` has it
             torch.multiprocessing.spawn(_work, given, ranks)
-        finally:
-            for name in process.RETURN_FREED_MEMORY:
-                os.environ.pop(name)
-            os.environ.update(before)
         return json.loads(Path(folder, "record.json").read_text(encoding="utf-8"))
 
 
