@@ -74,9 +74,13 @@ lab: $(READY)  ## open JupyterLab on the notebooks, saved on request only: LAB='
 gpu-reference: $(READY)  ## measure every arm and the example networks on this machine's GPU
 	@$(PY) -m pytest tests/test_cuda.py
 	@$(MAKE) --no-print-directory 04 PROFILE=gpu
-	@for name in vgg16 vit_s16 gpt2; do echo "examples/$$name.py, every choice measured"; \
+	@folder=data/results/gpu; \
+	if ! $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  folder=build/gpu; echo "no GPU here: a rehearsal on the CPU, whose numbers go to $$folder"; fi; \
+	mkdir -p $$folder; \
+	for name in vgg16 vit_s16 gpt2; do echo "examples/$$name.py, every choice measured"; \
 	  $(PY) -m ff_utils memory --network examples/$$name.py:build --measure --json \
-	  > data/results/gpu/network_$$name.json || exit 1; done
+	  $(if $(BATCH),--batch $(BATCH)) > $$folder/network_$$name.json || exit 1; done
 
 site: $(READY)  ## build/site/index.html: the notebooks and the reference as pages
 	@$(PY) docs/make_site.py

@@ -154,9 +154,9 @@ def default_device() -> str:
 def track(items: Sequence, what: str = "epoch", done: int = 0, total: int = 0) -> Iterator:
     """Iterate over `items`, showing how many of `total` are done and the time left.
 
-    A bar where someone watches, else one plain line an item. done: items of the same work that
-    were finished before. Under make (FF_PROGRESS=plain) each line replaces the last, so that a
-    saved notebook keeps one.
+    A bar where someone watches, else one plain line an item, on standard error but for notebooks.
+    done: items of the same work that were finished before. Under make (FF_PROGRESS=plain) each line
+    replaces the last, so that a saved notebook keeps one.
     """
     total = total or len(items)
     plain = os.environ.get("FF_PROGRESS") == "plain"
@@ -175,7 +175,8 @@ def track(items: Sequence, what: str = "epoch", done: int = 0, total: int = 0) -
             from IPython.display import clear_output
 
             clear_output(wait=True)
-        print(f"{what} {done + number} of {total}, {ending}", flush=True)
+        stream = sys.stdout if _in_notebook() else sys.stderr
+        print(f"{what} {done + number} of {total}, {ending}", file=stream, flush=True)
 
 
 def time_alternately(

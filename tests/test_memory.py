@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ff_utils import memory, original
-from ff_utils.memory import ARMS, CATEGORIES, Sizes, gpu, measure
+from ff_utils.memory import ARMS, CATEGORIES, LEANEST, Sizes, gpu, measure
 from ff_utils.memory import measure as measure_function
 from ff_utils.memory.steps import best_micro_batches, build
 
@@ -310,17 +310,41 @@ def test_saving_map_is_what_simulating_every_point_gives():
         assert row.saved == pytest.approx(1 - row.lean / row.other)
 
 
-def test_crossing_is_the_first_depth_that_needs_less():
-    sizes = {"hidden": 200, "batch": 4000}
+def test_extended_grid_is_what_simulating_the_deep_point_gives():
+    sizes = {"hidden": 200, "images": 400}
+    arms = ["ff_resident", "ff_recurrent", "backprop_offload"]
+    table = memory.extended(memory.measure_grid(arms, [2, 3], **sizes), 4)
+    right = memory.measure_grid(arms, [4], **sizes)
+    columns = ["arm", "depth", "hidden", "batch", "peak_bytes", "host_bytes", "total_bytes"]
+    assert (table[columns][-3:].to_numpy() == right[columns].to_numpy()).all()
+    assert memory.extended(table[:6], 3).equals(table[:6])
 
-    def peak(arm, depth):
-        return measure(arm, depth=depth, **sizes).peak_bytes
 
-    less = [peak("backprop_checkpoint", d) < peak("backprop", d) for d in range(2, 7)]
-    assert not less[0] and less[-1]
-    crossing = memory.crossing("backprop_checkpoint", "backprop", 6, **sizes)
-    assert crossing == 2 + less.index(True)
-    assert memory.crossing("backprop", "ff_resident", 4, **sizes) is None
+def test_metrics_of_the_ledger_are_what_their_names_say():
+    found = memory.memory_metrics(hidden=60, images=80, depth=3)
+
+    def peak(arm, depth=3, rows=None, optimizer="adam"):
+        sizes = {"depth": depth, "hidden": 60, "batch": rows or ARMS[arm].rows(80)}
+        return measure(arm, **sizes, optimizer=optimizer).peak_bytes
+
+    assert found["saved_at_47_layers"] == 1 - peak("ff_resident") / peak("backprop")
+    trained = peak("ff_hard_negatives_recomputed")
+    assert found["saved_as_trained"] == 1 - trained / peak("backprop")
+    seed_rows = [peak(f"{name}_seed", rows=80) for name in ("ff", "backprop")]
+    assert found["seed_saved_at_47_layers"] == 1 - seed_rows[0] / seed_rows[1]
+    ratios = [peak("ff_recurrent", d, 80) / peak("backprop_seed", d, 80) for d in (2, 3)]
+    assert found["recurrent_over_backprop"] == min(ratios)
+    for optimizer in ("adam", "sgd"):
+        ff, backprop = (
+            min(peak(arm, optimizer=optimizer) for arm in LEANEST[side])
+            for side in ("ff", "backprop")
+        )
+        assert found[f"saved_against_strongest_{optimizer}"] == 1 - ff / backprop
+    floor = 4 * (4 * 61 * 60 + 2 * 160 * 60)
+    assert found["layerwise_over_floor"] == peak("ff_layerwise") / floor
+    grows = [peak("ff_hard_negatives", depth) for depth in (7, 8)]
+    stored = found["activations_a_layer_stored"]
+    assert 80 * 60 * 4 <= stored <= grows[1] - grows[0]
 
 
 def test_real_rows_stand_beside_what_is_simulated():

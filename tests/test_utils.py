@@ -110,7 +110,7 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path):
 def test_track_says_how_many_are_done_and_what_is_left(capsys, monkeypatch):
     monkeypatch.setenv("FF_PROGRESS", "plain")
     assert list(utils.track(range(3), "epoch", done=2, total=5)) == [0, 1, 2]
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines] == [f"epoch {n} of 5" for n in (3, 4, 5)]
     assert lines[-1].endswith(" s")
 

@@ -21,9 +21,10 @@ from ff_utils.memory.measure import finish
 from ff_utils.memory.profile import Profile, StepTracker, profile, watch
 from ff_utils.memory.remedies import CHOICES, PLAIN, Remedies, TrainingStep, large_head
 from ff_utils.memory.simulation import CannotSimulateError, Simulation, build, explained
-from ff_utils.utils import default_device, format_bytes, user_path
+from ff_utils.utils import default_device, format_bytes, track, user_path
 
 LARGEST_BATCH = 2**24
+ENOUGH_SECONDS = 10.0  # of steps that are timed
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -91,13 +92,13 @@ def measure_choices(
     """Every choice run for real, on this machine's GPU or else its CPU; one row each.
 
     Arguments as in `compare`. Columns: choice, device, peak_bytes (the allocator's on a GPU, live
-    tensors on a CPU), seconds (of a step, the least of `repeats`), per_second (samples), note (why
-    there is no number, such as a lack of memory).
+    tensors on a CPU), seconds (of a step, the least of `repeats`, or of as many as take
+    ENOUGH_SECONDS), per_second (samples), note (why there is no number, such as a lack of memory).
     """
     device = default_device()
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     table = []
-    for choice, (remedies, note) in choices_for(builder, rows).items():
+    for choice, (remedies, note) in track(list(choices_for(builder, rows).items()), "choice"):
         table.append({"choice": choice, "device": name, "note": note})
         if note:
             continue
@@ -123,7 +124,7 @@ def measure_choices(
 def _measured(
     step: Callable[[], object], module: torch.nn.Module, device: str, repeats: int
 ) -> dict[str, float]:
-    """Peak and seconds of a step that has been run before."""
+    """Peak and seconds of a step, after one that is not counted."""
     if device == "cpu":
         peak = watch(step, module=module, count=False).peak_bytes
     else:
@@ -132,7 +133,7 @@ def _measured(
         finish(step, device)
         peak = torch.cuda.max_memory_allocated()
     seconds = []
-    for _ in range(repeats):
+    while len(seconds) < repeats and sum(seconds) < ENOUGH_SECONDS:
         start = time.perf_counter()
         finish(step, device)
         seconds.append(time.perf_counter() - start)

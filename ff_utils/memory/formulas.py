@@ -2,9 +2,9 @@
 
 With W the bytes of all weights and biases, w those of a hidden layer, A one hidden activation, I
 the images, L the depth, and 3 W for weights and Adam's two moments (1 W with SGD, about 1.5 W with
-moments of 8 bits and weights of 32). Row vectors, logits, step counts and the chunk that 8-bit Adam
-unpacks are left out: where activations and weights matter a formula is within 1 %. It is an oracle
-for the simulation, which knows every arm exactly.
+moments of 8 bits and weights of 32). Row vectors, logits and step counts are left out: where
+activations and weights matter a formula is within 1 %. It is an oracle for the simulation, which
+knows every arm exactly.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,16 @@ import torch
 
 from ff_utils.memory.arms import Sizes
 from ff_utils.memory.steps import MOST_PARTS
-from ff_utils.optimizers import BLOCK
+from ff_utils.optimizers import BLOCK, CHUNK
 from ff_utils.original import DATASET_ROWS
 
 
 @dataclass(frozen=True)
 class _Bytes:
-    """The terms of the formulas, in bytes, and how often weights are there with their moments."""
+    """The terms of the formulas, in bytes, and how often weights are there with their moments.
+
+    unpacked: what 8-bit Adam holds of a chunk of a layer's weights while it updates them.
+    """
 
     copies: float
     first: int
@@ -28,6 +31,7 @@ class _Bytes:
     classifier: int
     activation: int
     images: int
+    unpacked: int
     depth: int
 
     @property
@@ -52,6 +56,7 @@ def _terms(s: Sizes, more_inputs: int = 0) -> _Bytes:
         classifier=element * (s.hidden + 1) * s.classes,
         activation=element * s.batch * s.hidden,
         images=element * s.batch * s.pixels,
+        unpacked=3 * element * min(CHUNK, s.hidden**2) if s.optimizer == "adam_8bit" else 0,
         depth=s.depth,
     )
 
@@ -89,7 +94,7 @@ def ff(s: Sizes) -> float:
 
 def _input_and_output(t: _Bytes) -> int:
     inner = 2 * t.activation if t.depth > 1 else 0
-    return max(t.images + t.activation, inner)
+    return max(t.images + t.activation, inner) + t.unpacked
 
 
 def ff_hard_negatives(s: Sizes) -> float:
@@ -98,7 +103,8 @@ def ff_hard_negatives(s: Sizes) -> float:
     t = _terms(s)
     softmax = s.depth * (t.classifier - t.classifier // (s.hidden + 1))
     predicted = (t.depth + 1) * t.activation // 2
-    step = 2 * t.activation if t.depth > 1 else t.activation * 3 // 2
+    update = (2 if t.depth > 1 else 1) * t.activation + t.unpacked
+    step = max(update, t.activation * 3 // 2)
     stays = t.copies * (t.layers + softmax) + t.largest + t.images // 2
     return stays + max(predicted + softmax, step)
 
@@ -132,11 +138,16 @@ def backprop_seed(s: Sizes) -> float:
 
 
 def ff_seed(s: Sizes) -> float:
-    """Weights, their moments and gradients, and the data set's activations in and out of the
-    last layer; the output of a batch on top."""
+    """Weights, their moments and gradients, the data set's activations into the last layer, and
+    those out of it as far as they are made; the output of a batch on top. The last batch is what
+    remains of the data set."""
     t = _terms(s, more_inputs=s.classes)
     below = s.hidden if t.depth > 1 else s.pixels + s.classes
-    numbers = DATASET_ROWS * (below + s.hidden) + min(s.batch, DATASET_ROWS) * max(below, s.hidden)
+    batch = min(s.batch, DATASET_ROWS)
+    last = DATASET_ROWS % batch or batch
+    made = [(DATASET_ROWS - last, batch), (DATASET_ROWS, last)]
+    outputs = max(rows * s.hidden + more * max(below, s.hidden) for rows, more in made)
+    numbers = DATASET_ROWS * below + outputs
     return (t.copies + 1) * t.layers + numbers * t.activation // (s.batch * s.hidden)
 
 

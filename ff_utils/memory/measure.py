@@ -17,12 +17,11 @@ import sys
 import tempfile
 import threading
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from multiprocessing import get_context
 
@@ -256,9 +255,19 @@ def _share(function: Callable, points: list[tuple], layers: int, what: str) -> l
     """`function` of all points in order, by all cores where they are many."""
     if layers < MANY_LAYERS:
         return [function(*points[number]) for number in track(range(len(points)), what)]
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(function, *point) for point in points]
+    futures = [_workers().submit(function, *point) for point in points]
+    try:
         return [futures[number].result() for number in track(range(len(points)), what)]
+    except BaseException:
+        _workers().shutdown(wait=False, cancel_futures=True)
+        _workers.cache_clear()
+        raise
+
+
+@cache
+def _workers() -> ProcessPoolExecutor:
+    """Processes that stay, because one takes as long to start as many simulations."""
+    return ProcessPoolExecutor(mp_context=get_context("spawn"))
 
 
 # --- Many points ----------------------------------------------------------------------------
@@ -309,6 +318,21 @@ def measure_grid(
     return table.assign(total_bytes=table.peak_bytes + table.host_bytes)
 
 
+def extended(table: pd.DataFrame, depth: int) -> pd.DataFrame:
+    """The rows of a grid of two depths, and each arm at `depth`, on the line through its two.
+
+    For arms whose peaks grow evenly with depth; what is no number stays that of the deeper one.
+    """
+    if depth in set(table.depth):
+        return table
+    shallow, deep = (rows.set_index("arm") for _, rows in table.groupby("depth"))
+    numbers = shallow.select_dtypes("number").columns
+    layers = (depth - deep.depth) / (deep.depth - shallow.depth)
+    slopes = deep[numbers] - shallow[numbers]
+    further = deep.assign(**(deep[numbers] + slopes.mul(layers, axis=0)))
+    return pd.concat([table, further.reset_index()[table.columns]], ignore_index=True)
+
+
 def simulate_all(points: list[tuple[str, Sizes]]) -> None:
     """Simulate these points, so that `simulate` knows them."""
     points = [point for point in dict.fromkeys(points) if point not in _simulated]
@@ -343,28 +367,21 @@ def saving_map(
     """The smallest peak of each group of arms at every depth and batch, which counts images.
 
     The bytes after each operation are a constant and so much a row, so that two simulated batches
-    give those of any other (parts of a batch, whose rows are rounded up, nearly). Peaks grow evenly
-    with depth but for checkpoints: three depths are simulated and the others read off the lines.
+    give those of any other (parts of a batch, whose rows are rounded up, nearly).
     Columns: depth, batch, lean, other (bytes), saved (the share that `lean` saves).
     """
-    some = sorted({depths[0], depths[len(depths) // 2], depths[-1]})
-    arms = dict.fromkeys([*lean, *others])
-    uneven = {"checkpoint", "recursive"}
-    simulated = {arm: depths if uneven & {*ARMS[arm].remedies} else some for arm in arms}
-    points = [(arm, depth, hidden, optimizer) for arm in arms for depth in simulated[arm]]
+    points = [(a, d, hidden, optimizer) for a in dict.fromkeys([*lean, *others]) for d in depths]
     layers = 2 * sum(depth for _, depth, *_ in points)
     computed = _share(_bytes_by_batch, points, layers, "simulation")
-    lines = dict(zip(points, computed, strict=True))
+    lines = {point[:2]: line for point, line in zip(points, computed, strict=True)}
     rows = []
-    for batch in batches:
-        peaks = {}
-        for arm in arms:
-            row = [1, ARMS[arm].rows(batch)]
-            found = [(lines[arm, d, hidden, optimizer] @ row).max() for d in simulated[arm]]
-            peaks[arm] = np.interp(depths, simulated[arm], found)
-        a, b = (np.min([peaks[arm] for arm in group], axis=0) for group in (lean, others))
-        rows.append(pd.DataFrame({"depth": depths, "batch": batch, "lean": a, "other": b}))
-    table = pd.concat(rows).astype(int).sort_values(["depth", "batch"], ignore_index=True)
+    for depth, batch in product(depths, batches):
+
+        def least(arms: Sequence[str], depth: int = depth, batch: int = batch) -> float:
+            return min((lines[arm, depth] @ [1, ARMS[arm].rows(batch)]).max() for arm in arms)
+
+        rows.append({"depth": depth, "batch": batch, "lean": least(lean), "other": least(others)})
+    table = pd.DataFrame(rows).astype(int)
     return table.assign(saved=1 - table.lean / table.other)
 
 
@@ -375,18 +392,6 @@ def _bytes_by_batch(arm: str, depth: int, hidden: int, optimizer: str) -> np.nda
         for rows in PROBES
     )
     return np.linalg.solve([[1, rows] for rows in PROBES], [few, many]).T
-
-
-def crossing(lean: str, other: str, deepest: int, *, hidden: int, batch: int) -> int | None:
-    """The first depth from 2 on at which `lean` needs less than `other`, and from there on; both
-    grow evenly with depth."""
-
-    def needs_less(depth: int) -> bool:
-        sizes = Sizes(depth, hidden, batch)
-        return simulate(lean, sizes).peak_bytes < simulate(other, sizes).peak_bytes
-
-    depths = range(2, deepest + 1)
-    return depths[bisect_left(depths, True, key=needs_less)] if needs_less(deepest) else None
 
 
 def memory_metrics(hidden: int = 2000, images: int = 5000, depth: int = 47) -> dict[str, float]:
@@ -425,7 +430,9 @@ def memory_metrics(hidden: int = 2000, images: int = 5000, depth: int = 47) -> d
         return saved(per_row("ff_seed", layers), per_row(other, layers))
 
     def recurrent(layers: int) -> float:
-        return device(per_row("ff_recurrent", layers)) / device(per_row("backprop_seed", layers))
+        seven, eight = (device(per_row("ff_recurrent", near)) for near in (7, 8))
+        peak = seven + (layers - 7) * (eight - seven)
+        return peak / device(per_row("backprop_seed", layers))
 
     leanest_arms = [*LEANEST["ff"], *LEANEST["backprop"], "backprop"]
     one_layer_arms = [*ONE_LAYER["ff"], *ONE_LAYER["backprop"], "backprop_frugal"]

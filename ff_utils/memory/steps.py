@@ -230,12 +230,14 @@ def _network_with_softmax(arm: Arm, s: Sizes) -> Step:
         for stage in stages:
             network.train_batch(Batch(images, labels, RATE, generator, config, stage))
 
+    # A chunk of the batch is evaluated at a time, each image with every label, by goodness.
     rows = max(1, len(images) // 2)
-    choices = {"by": "softmax"} if arm.negatives == "hybrids" else {"rows": rows}
+    by = {"by": "softmax"} if arm.negatives == "hybrids" else {"rows": rows}
+    some = rows if arm.negatives == "hybrids" else max(1, rows // s.classes)
     return Step(
         network=network,
         train=train,
-        evaluate=lambda: network.predict(images[:rows], **choices),
+        evaluate=lambda: network.predict(images[:some], **by),
         inputs=[images, labels],
     )
 
