@@ -42,7 +42,7 @@ def clone(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def smoke(clone) -> Path:
     """The clone after `make reproduce PROFILE=smoke`: the one run that all tests read."""
-    done = make(clone, "reproduce", "PROFILE=smoke")
+    done = make(clone, "-j2", "reproduce", "PROFILE=smoke")  # two at a time, of a thread each
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return clone
 
@@ -51,6 +51,7 @@ def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """`make` in a clone, which reads the data that this checkout reads."""
     downloaded = [str(f) for f in utils.data_folders("mnist") if f.exists()]
     environment = os.environ | ({"FF_DATA_DIR": downloaded[0]} if downloaded else {})
+    environment["OMP_NUM_THREADS"] = "1"
     for name in ("MAKEFLAGS", "MAKELEVEL"):  # of a make that runs these tests
         environment.pop(name, None)
     command = ["make", "VENV=environment", *arguments]

@@ -154,3 +154,8 @@ def test_windows_is_refused_in_one_sentence_that_names_wsl(command):
     )
     sentence = "error: ff_utils runs on Linux and macOS; on Windows install it inside WSL."
     assert (done.returncode, done.stderr.strip()) == (1, sentence)
+
+
+def test_notebooks_are_read_without_a_grammar_that_takes_seconds():
+    code = "import ff_utils.utils, sys, nbformat; sys.exit('lark' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -139,7 +139,7 @@ _TABLE = (
     ),
     Arm(
         "backprop_recursive",
-        "backprop, recursive",
+        "backprop, recursive checkpoints",
         "#0b7fab",
         "Checkpoints within checkpoints, by halves, and the optimizer in the backward pass.",
         "backprop",
@@ -156,7 +156,7 @@ _TABLE = (
     ),
     Arm(
         "backprop_frugal",
-        "backprop, best remedies",
+        "backprop, offloaded",
         "#0a3161",
         "Activations on the host, the optimizer in the backward pass, and micro-batches where "
         "they make the peak smaller.",
@@ -190,9 +190,9 @@ _TABLE = (
     ),
     Arm(
         "ff_resident",
-        "FF, negatives given",
+        "FF, random negatives",
         "#d1541d",
-        "FF's layers alone, all on the device, by the analytic step on given negatives.",
+        "FF's layers alone, all on the device, by the analytic step, on negatives chosen before.",
         "ff",
     ),
     Arm(
@@ -216,7 +216,7 @@ _TABLE = (
         "ff_hard_negatives_recomputed",
         "FF, hard negatives, recomputed",
         "#c2571d",
-        "The same, bit-identical: what the softmax learns from is recomputed, not kept.",
+        "The same weights, bit for bit: what the softmax learns from is recomputed, not kept.",
         "ff",
         negatives="hard",
         remedies=("recompute",),
@@ -233,7 +233,7 @@ _TABLE = (
         "ff_local",
         "FF, local fields",
         "#a8501a",
-        "Local receptive fields, the label seen everywhere: the layers alone, on given negatives.",
+        "Local receptive fields, the label seen everywhere: the layers alone, negatives as above.",
         "ff_local",
     ),
     Arm(

@@ -46,7 +46,7 @@ from ff_utils.utils import (
 )
 
 INSTRUMENTS = ("simulated", "tracked", "rss", "cuda")
-MANY_LAYERS = 400  # simulations of so many layers are worth the start of more processes
+MANY_LAYERS = 100  # simulations of so many layers are worth the start of more processes
 PROBES = (1600, 3200)  # rows at which the saving map is simulated
 _simulated: dict[tuple[str, Sizes], "Report"] = {}  # what this process knows already
 
@@ -253,7 +253,7 @@ def _measure_process(report: Report, s: Sizes) -> Report:
 
 def _share(function: Callable, points: list[tuple], layers: int, what: str) -> list:
     """`function` of all points in order, by all cores where they are many."""
-    if layers < MANY_LAYERS:
+    if layers < MANY_LAYERS and not _workers.cache_info().currsize:
         return [function(*points[number]) for number in track(range(len(points)), what)]
     futures = [_workers().submit(function, *point) for point in points]
     try:
@@ -399,7 +399,7 @@ def memory_metrics(hidden: int = 2000, images: int = 5000, depth: int = 47) -> d
 
     Both sides have steps of as many images, but for the seed's own systems (`seed_...` and
     `recurrent_...`), which have as many rows, as the seed counts. What one more layer adds does not
-    depend on depth: it is read off 7 and 8 layers.
+    depend on depth: it is read off 7 and 8 layers, of the recurrent network off 2 and 3.
     """
 
     def per_image(arm: str, layers: int = depth, optimizer: str = "adam") -> Report:
@@ -430,8 +430,8 @@ def memory_metrics(hidden: int = 2000, images: int = 5000, depth: int = 47) -> d
         return saved(per_row("ff_seed", layers), per_row(other, layers))
 
     def recurrent(layers: int) -> float:
-        seven, eight = (device(per_row("ff_recurrent", near)) for near in (7, 8))
-        peak = seven + (layers - 7) * (eight - seven)
+        two, three = (device(per_row("ff_recurrent", near)) for near in (2, 3))
+        peak = two + (layers - 2) * (three - two)
         return peak / device(per_row("backprop_seed", layers))
 
     leanest_arms = [*LEANEST["ff"], *LEANEST["backprop"], "backprop"]
@@ -459,7 +459,7 @@ def memory_metrics(hidden: int = 2000, images: int = 5000, depth: int = 47) -> d
         "recurrent_over_backprop": min(recurrent(layers) for layers in (2, depth)),
         "saved_at_47_layers": saved(ff, plain),
         "saved_as_trained": saved(per_image("ff_hard_negatives_recomputed"), plain),
-        "saved_against_remedies": saved(ff, remedies),
+        "saved_against_remedies": saved(leanest(LEANEST["ff"]), remedies),
         "saved_in_total": saved(ff_in_total, backprop_in_total, both),
         "remedies_total_over_ff": both(remedies) / both(ff),
         "layerwise_over_floor": device(per_image("ff_layerwise")) / _one_layer(hidden, images),

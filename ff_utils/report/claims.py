@@ -115,7 +115,8 @@ def metric(name: str, known: dict[str, dict]) -> float | dict | None:
 def _value(found: object, path: str) -> object:
     for step in re.findall(r"\[[^]]+\]|[^.\[]+", path):
         if step.startswith("["):
-            wanted = dict(pair.split("=") for pair in step[1:-1].split(","))
+            pairs = re.split(r",(?=\w+=)", step[1:-1])  # a value may have commas
+            wanted = dict(pair.split("=") for pair in pairs)
             rows = (row for row in found if all(str(row[k]) == v for k, v in wanted.items()))
             found = next(rows, None)
         else:
