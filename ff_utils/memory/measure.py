@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 
 import numpy as np
 import pandas as pd
@@ -253,7 +254,9 @@ def _measure_process(report: Report, s: Sizes) -> Report:
 
 def _share(function: Callable, points: list[tuple], layers: int, what: str) -> list:
     """`function` of all points in order, by all cores where they are many."""
-    if layers < MANY_LAYERS and not _workers.cache_info().currsize:
+    main = sys.modules["__main__"]
+    is_script = main.__spec__ is None and hasattr(main, "__file__")  # each process would run it
+    if is_script or (layers < MANY_LAYERS and not _workers.cache_info().currsize):
         return [function(*points[number]) for number in track(range(len(points)), what)]
     futures = [_workers().submit(function, *point) for point in points]
     try:
@@ -267,7 +270,18 @@ def _share(function: Callable, points: list[tuple], layers: int, what: str) -> l
 @cache
 def _workers() -> ProcessPoolExecutor:
     """Processes that stay, because one takes as long to start as many simulations."""
-    return ProcessPoolExecutor(mp_context=get_context("spawn"))
+    return ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """Leave signals of the terminal to the parent, and end once it is gone, however it ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 # --- Many points ----------------------------------------------------------------------------
