@@ -289,7 +289,7 @@ def test_committed_records_keep_their_promises():
     assert round(memory["slopes"]["backprop"] / 1e6) == 88
     real = {(r["arm"], r["depth"], r["instrument"]): r["peak_bytes"] for r in memory["real"]}
     pairs = [(real[a, d, "simulated"], real[a, d, "tracked"]) for a, d, i in real if i == "tracked"]
-    assert len(pairs) >= 10 and all(simulated == tracked for simulated, tracked in pairs)
+    assert len(pairs) >= 8 and all(simulated == tracked for simulated, tracked in pairs)
 
 
 def test_committed_files_name_no_place_of_a_machine_and_no_registry():
