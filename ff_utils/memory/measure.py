@@ -343,7 +343,8 @@ def extended(table: pd.DataFrame, depth: int) -> pd.DataFrame:
     numbers = shallow.select_dtypes("number").columns
     layers = (depth - deep.depth) / (deep.depth - shallow.depth)
     slopes = deep[numbers] - shallow[numbers]
-    further = deep.assign(**(deep[numbers] + slopes.mul(layers, axis=0)))
+    sizes = (deep[numbers] + slopes.mul(layers, axis=0)).round().astype(deep[numbers].dtypes)
+    further = deep.assign(**sizes)
     return pd.concat([table, further.reset_index()[table.columns]], ignore_index=True)
 
 
