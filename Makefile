@@ -75,10 +75,12 @@ lab: $(READY)  ## open JupyterLab on the notebooks, saved on request only: LAB='
 
 gpu-reference: $(READY)  ## measure every arm and the example networks on this machine's GPU
 	@$(PY) -m pytest tests/test_cuda.py
-	@$(MAKE) --no-print-directory 04 PROFILE=gpu
-	@folder=data/results/gpu; \
-	if ! $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  folder=build/gpu; echo "no GPU here: a rehearsal on the CPU, whose numbers go to $$folder"; fi; \
+	@set -e; folder=data/results/gpu; \
+	if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then $(MAKE) --no-print-directory 04 PROFILE=gpu; \
+	else folder=build/gpu; echo "no GPU here: a rehearsal on the CPU, whose numbers go to $$folder"; \
+	  $(PY) -m ff_utils run notebooks/04_memory_profiling.ipynb --profile smoke --set on_gpu=true \
+	    --set minutes=1 --output $$folder/04.ipynb; fi; \
 	mkdir -p $$folder; \
 	for name in vgg16 vit_s16 gpt2; do echo "examples/$$name.py, every choice measured"; \
 	  $(PY) -m ff_utils memory --network examples/$$name.py:build --measure --json \

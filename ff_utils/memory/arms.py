@@ -139,7 +139,7 @@ _TABLE = (
     ),
     Arm(
         "backprop_recursive",
-        "backprop, recursive checkpoints",
+        "backprop, recursive",
         "#0b7fab",
         "Checkpoints within checkpoints, by halves, and the optimizer in the backward pass.",
         "backprop",
@@ -215,7 +215,7 @@ _TABLE = (
     Arm(
         "ff_hard_negatives_recomputed",
         "FF, hard negatives, recomputed",
-        "#c2571d",
+        "#8a5a2b",
         "The same weights, bit for bit: what the softmax learns from is recomputed, not kept.",
         "ff",
         negatives="hard",
@@ -233,7 +233,8 @@ _TABLE = (
         "ff_local",
         "FF, local fields",
         "#a8501a",
-        "Local receptive fields, the label seen everywhere: the layers alone, negatives as above.",
+        "Local receptive fields, the label seen everywhere: the layers alone, negatives chosen "
+        "before.",
         "ff_local",
     ),
     Arm(

@@ -230,14 +230,15 @@ def _network_with_softmax(arm: Arm, s: Sizes) -> Step:
         for stage in stages:
             network.train_batch(Batch(images, labels, RATE, generator, config, stage))
 
-    # A chunk of the batch is evaluated at a time, each image with every label, by goodness.
+    # A chunk of the batch is evaluated: the next ones need no more.
     rows = max(1, len(images) // 2)
-    by = {"by": "softmax"} if arm.negatives == "hybrids" else {"rows": rows}
-    some = rows if arm.negatives == "hybrids" else max(1, rows // s.classes)
+    some, choices = images[: max(1, rows // s.classes)], {"rows": rows}
+    if arm.negatives == "hybrids":
+        some, choices = images[:rows], {"by": "softmax"}
     return Step(
         network=network,
         train=train,
-        evaluate=lambda: network.predict(images[:some], **by),
+        evaluate=lambda: network.predict(some, **choices),
         inputs=[images, labels],
     )
 
