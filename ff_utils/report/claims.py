@@ -117,11 +117,7 @@ def _value(found: object, path: str) -> object:
         if step.startswith("["):
             pairs = re.split(r",(?=\w+=)", step[1:-1])  # a value may have commas
             wanted = dict(pair.split("=") for pair in pairs)
-            rows = (
-                row
-                for row in found
-                if all(str(row[k]).removesuffix(".0") == v for k, v in wanted.items())
-            )
+            rows = (row for row in found if all(str(row[k]) == v for k, v in wanted.items()))
             found = next(rows, None)
         else:
             found = found[int(step)] if isinstance(found, list) else found.get(step)
