@@ -11,6 +11,11 @@ from importlib.util import find_spec
 if find_spec("resource") is None:  # which Windows does not have
     sys.exit("error: ff_utils runs on Linux and macOS; on Windows install it inside WSL.")
 
+# What reads a notebook's file imports jsonschema, which would compile a grammar of web addresses in
+# every process, for three seconds. It does without where this package is not to be had. This comes
+# before the other modules, of which some import nbformat first.
+sys.modules.setdefault("rfc3987_syntax", None)
+
 _HOMES = {
     "ForwardForward": "ff.network",
     "LocalForwardForward": "ff.local",

@@ -13,10 +13,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # make starts many processes, most of which need neither pandas nor PyTorch
     import pandas as pd
 
-# What reads a notebook's file imports jsonschema, which would compile a grammar of web addresses in
-# every process, for three seconds. It does without where this package is not to be had.
-sys.modules.setdefault("rfc3987_syntax", None)
-
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
 RESULTS = DATA / "results"

@@ -1,5 +1,4 @@
 import itertools
-import time
 
 import pytest
 import torch
@@ -8,6 +7,7 @@ from torch.nn.functional import softplus
 from ff_utils.config import NORMALISATIONS, LayerConfig
 from ff_utils.ff import layers
 from ff_utils.ff.layers import FFLayer, SoftmaxClassifier, split_batch
+from ff_utils.utils import time_alternately
 
 
 def make(in_features=13, out_features=9, **settings):
@@ -236,9 +236,6 @@ def test_step_is_not_slower_than_autograds():
     def analytic_step():
         return layer.step(h.clone(), 500, 1e-3, grad_buffer)
 
-    seconds = {analytic_step: [], autograd_step: []}
-    for step, _ in itertools.product(seconds, range(9)):
-        start = time.perf_counter()
-        step()
-        seconds[step].append(time.perf_counter() - start)
-    assert min(seconds[analytic_step]) < min(seconds[autograd_step])
+    tasks = {"analytic": analytic_step, "autograd": autograd_step}
+    seconds = time_alternately(tasks, 15, quiet=True)
+    assert seconds.analytic.min() < 1.1 * seconds.autograd.min()  # on a machine that is not quiet

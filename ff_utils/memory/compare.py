@@ -97,8 +97,11 @@ def measure_choices(
     """
     device = default_device()
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    slow = device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     table = []
     for choice, (remedies, note) in track(list(choices_for(builder, rows).items()), "choice"):
+        if slow and remedies.bfloat16:
+            note = "this CPU has no arithmetic in bfloat16: a step would take minutes"
         table.append({"choice": choice, "device": name, "note": note})
         if note:
             continue
