@@ -100,7 +100,7 @@ def measure_choices(
     slow = device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     table = []
     for choice, (remedies, note) in track(list(choices_for(builder, rows).items()), "choice"):
-        if slow and remedies.bfloat16:
+        if slow and remedies.autocast:
             note = "this CPU has no arithmetic in bfloat16: a step would take minutes"
         table.append({"choice": choice, "device": name, "note": note})
         if note:
