@@ -22,6 +22,7 @@ from ff_utils.ff.network import classification_error
 from ff_utils.optimizers import TORCH_OPTIMIZERS
 from ff_utils.utils import HOST, allocation_category, check_choice, check_ints, check_number
 
+CHECKPOINTS = ("none", "segments", "halves", "all")
 AUTOGRAD = {"use_reentrant": False, "preserve_rng_state": False}
 
 
@@ -64,10 +65,11 @@ class Backprop(nn.Module):
     """A classifier and its training step by backpropagation of the cross-entropy.
 
     network: as `mlp` makes it. Gradients are freed right after each update.
-    checkpoint: keep activations only between segments of about sqrt(layers) layers and recompute
-        the others in the backward pass (Chen et al., arXiv 1604.06174).
-    recursive: the same with halves of halves in place of segments (section 4 there): activations
-        of about log2(layers) layers, for as many forward passes at most.
+    checkpoint: which activations are kept; the backward pass recomputes the others (Chen et al.,
+        arXiv 1604.06174). "none": all are kept. "segments": one for each run of about sqrt(layers)
+        layers, for one more forward pass. "halves": checkpoints within checkpoints keep about
+        log2(layers), for as many more forward passes at most (section 4 there). "all": every one
+        is recomputed from the images, for about layers / 2 more forward passes.
     optimizer_in_backward: update each tensor as soon as its gradient is complete, then free the
         gradient, so that all gradients never live at once.
     offload: keep what autograd saves on the host, except weights and the batch's images.
@@ -80,20 +82,20 @@ class Backprop(nn.Module):
         *,
         optimizer: str = "adam",
         learning_rate: float = 1e-3,
-        checkpoint: bool = False,
-        recursive: bool = False,
+        checkpoint: str = "none",
         optimizer_in_backward: bool = False,
         offload: bool = False,
         micro_batches: int = 1,
     ) -> None:
         super().__init__()
         check_choice("optimizer", optimizer, TORCH_OPTIMIZERS)
+        check_choice("checkpoint", checkpoint, CHECKPOINTS)
         check_number("micro_batches", micro_batches, 1, whole=True)
         self.network, self.micro_batches = network, micro_batches
         self.in_backward, self.last_part = optimizer_in_backward, True
-        self.recursive, self.segments = recursive, [network]
-        if checkpoint or recursive:
-            self.segments = split_segments(network, 1 if recursive else None)
+        self.checkpoint, self.segments = checkpoint, [network]
+        if checkpoint != "none":
+            self.segments = split_segments(network, None if checkpoint == "segments" else 1)
         parameters = list(network.parameters())
         self.host = Offload(parameters) if offload else None
         groups = [[p] for p in parameters] if optimizer_in_backward else [parameters]
@@ -103,14 +105,14 @@ class Backprop(nn.Module):
             for parameter, own in zip(parameters, self.optimizers, strict=True):
                 parameter.register_post_accumulate_grad_hook(lambda _, own=own: self._update(own))
         self.settings = {"parameters": [list(p.shape) for p in parameters], "optimizer": optimizer}
-        self.settings |= {"checkpoint": checkpoint, "recursive": recursive, "offload": offload}
+        self.settings |= {"checkpoint": checkpoint, "offload": offload}
         self.settings["optimizer_in_backward"] = optimizer_in_backward
         self.settings["micro_batches"] = micro_batches
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits: (rows, pixels) -> (rows, classes)."""
-        if self.recursive:
-            return _by_halves(self.segments, images)
+        if self.checkpoint in ("halves", "all"):
+            return _recomputed(self.segments, images, self.checkpoint == "halves")
         return checkpoint_sequential(self.segments, len(self.segments), images, **AUTOGRAD)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -169,13 +171,14 @@ def split_segments(network: nn.Sequential, size: int | None = None) -> list[nn.S
     return [network[start:end] for start, end in pairwise([*starts, len(network)])]
 
 
-def _by_halves(layers: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
-    """The output of `layers`; the first half's activations are recomputed, in the same way."""
+def _recomputed(layers: list[nn.Module], x: torch.Tensor, halves: bool) -> torch.Tensor:
+    """The output of `layers`; activations of the first half, or else of all but the last, are
+    recomputed in the same way."""
     if len(layers) == 1:
         return layers[0](x)
-    half = len(layers) // 2
-    x = checkpointed(_by_halves, layers[:half], x, **AUTOGRAD)
-    return _by_halves(layers[half:], x)
+    first = len(layers) // 2 if halves else len(layers) - 1
+    x = checkpointed(_recomputed, layers[:first], x, halves, **AUTOGRAD)
+    return _recomputed(layers[first:], x, halves)
 
 
 class Offload:

@@ -5,14 +5,14 @@ from torch import nn
 from ff_utils.backprop import Backprop, mlp, segment_sizes, split_segments
 
 REMEDIES = [
-    {"checkpoint": True},
+    {"checkpoint": "segments"},
     {"optimizer_in_backward": True},
     {"offload": True},
-    {"checkpoint": True, "offload": True, "optimizer_in_backward": True},
+    {"checkpoint": "segments", "offload": True, "optimizer_in_backward": True},
 ]
 REMEDIES += [{"micro_batches": 3}, {**REMEDIES[3], "micro_batches": 3}]
-REMEDIES += [{**REMEDIES[1], **more} for more in ({"checkpoint": True}, {"recursive": True})]
-REMEDIES += [{"checkpoint": True, "micro_batches": 3}]
+REMEDIES += [{**REMEDIES[1], "checkpoint": kind} for kind in ("segments", "halves", "all")]
+REMEDIES += [{"checkpoint": "segments", "micro_batches": 3}]
 HIDDEN = [40, 20, 30, 40, 20]
 
 

@@ -128,6 +128,8 @@ def test_plain_backprop_needs_683_megabytes_at_7_layers_and_88_a_layer():
         ("backprop_checkpoint_in_backward", "adam", 2804),
         ("backprop_recursive", "adam", 2604),
         ("backprop_recursive", "sgd", 1118),
+        ("backprop_recompute_all", "adam", 2404),
+        ("backprop_recompute_all", "sgd", 918),
         ("ff_resident", "sgd", 854),
     ],
 )

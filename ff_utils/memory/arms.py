@@ -54,7 +54,7 @@ class Arm:
 
     network: "backprop" (a perceptron), "ff", "ff_local" or "ff_recurrent".
     original: the network and the step are the seed's, as it wrote them.
-    remedies: of "checkpoint", "recursive" (checkpoints), "offload" (activations on the host),
+    remedies: of "segments", "halves", "all" (checkpoints), "offload" (activations on the host),
         "optimizer_in_backward", "best" (as many micro-batches as make the peak smallest), and for
         FF "recompute".
     micro_batches: parts that a batch is split into.
@@ -103,7 +103,7 @@ _TABLE = (
         "#3f97c9",
         "Activations are kept between runs of about sqrt(depth) layers, the others recomputed.",
         "backprop",
-        remedies=("checkpoint",),
+        remedies=("segments",),
     ),
     Arm(
         "backprop_optimizer_in_backward",
@@ -135,7 +135,7 @@ _TABLE = (
         "#155a8a",
         "Checkpoints of about sqrt(depth) layers, and the optimizer in the backward pass.",
         "backprop",
-        remedies=("checkpoint", "optimizer_in_backward"),
+        remedies=("segments", "optimizer_in_backward"),
     ),
     Arm(
         "backprop_recursive",
@@ -143,7 +143,15 @@ _TABLE = (
         "#0b7fab",
         "Checkpoints within checkpoints, by halves, and the optimizer in the backward pass.",
         "backprop",
-        remedies=("recursive", "optimizer_in_backward"),
+        remedies=("halves", "optimizer_in_backward"),
+    ),
+    Arm(
+        "backprop_recompute_all",
+        "backprop, all recomputed",
+        "#62b0c9",
+        "Each activation is recomputed from the images, and the optimizer in the backward pass.",
+        "backprop",
+        remedies=("all", "optimizer_in_backward"),
     ),
     Arm(
         "backprop_micro_batches_checkpoint",
@@ -151,7 +159,7 @@ _TABLE = (
         "#2a7f8f",
         f"The gradients of {PARTS} parts of a batch are added up, each with checkpoints.",
         "backprop",
-        remedies=("checkpoint",),
+        remedies=("segments",),
         micro_batches=PARTS,
     ),
     Arm(
@@ -341,6 +349,7 @@ LEANEST = {
         "backprop_optimizer_in_backward",
         "backprop_checkpoint_in_backward",
         "backprop_recursive",
+        "backprop_recompute_all",
         "backprop_micro_batches_checkpoint",
     ),
 }

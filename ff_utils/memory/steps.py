@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from ff_utils import original
-from ff_utils.backprop import Backprop, mlp
+from ff_utils.backprop import CHECKPOINTS, Backprop, mlp
 from ff_utils.config import Batch, FFConfig, LocalConfig, RecurrentConfig, TrainConfig
 from ff_utils.ff.blocks import BlockLocal
 from ff_utils.ff.local import LocalForwardForward
@@ -112,8 +112,7 @@ def _backprop(arm: Arm, s: Sizes, micro_batches: int | None = None) -> Step:
     backprop = Backprop(
         network,
         optimizer=s.optimizer,
-        checkpoint="checkpoint" in arm.remedies,
-        recursive="recursive" in arm.remedies,
+        checkpoint=next((kind for kind in CHECKPOINTS if kind in arm.remedies), "none"),
         optimizer_in_backward="optimizer_in_backward" in arm.remedies,
         offload="offload" in arm.remedies,
         micro_batches=micro_batches,

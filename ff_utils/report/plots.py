@@ -139,7 +139,8 @@ def label_ends(axis: plt.Axes, ends: Sequence[Place]) -> None:
     for (x, y, _, colour), text, moved in zip(ends, texts, (found - wanted) / points, strict=True):
         text.set_position((9, moved))
         if abs(moved) > 4 or x < right:
-            leader = {"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkA": 0, "shrinkB": 3}
+            leader = {"arrowstyle": "-", "color": colour, "lw": 0.8, "ls": ":"}
+            leader |= {"shrinkA": 0, "shrinkB": 3}
             where = {"textcoords": OffsetFrom(text, (0, 0.5)), "arrowprops": leader}
             axis.annotate("", (x, y), (-2, 0), in_layout=False, **where)
 
@@ -349,7 +350,7 @@ def heat_map(
     without a colour bar. texts: as of `lines`.
     """
     cells = cells.astype(float).rename(index=_in_words, columns=_in_words)
-    kind = {"cmap": "cividis_r" if centre is None else "PuOr_r", "center": centre, "vmax": high}
+    kind = {"cmap": "Blues" if centre is None else "PuOr_r", "center": centre, "vmax": high}
     kind |= {"annot": True, "fmt": form, "annot_kws": {"fontsize": SMALL}, "linewidths": 0.5}
     if axis is None:
         size = (max(WIDTH, 0.9 * len(cells.columns) + 2.4), max(3, 0.5 * len(cells) + 1.8))
@@ -418,7 +419,7 @@ def goodness_in_training(chart: dict, title: str, *, step: int) -> Figure:
 
     chart: as `live.goodness_chart` gives it.
     """
-    names = [f"after {step} training steps", "mean goodness during training"]
+    names = [f"after {step} training steps", "mean during training; black: this step"]
     figure, (left, right) = panels(names, title=title, columns=2, size=(4, 3.2))
     edges, moment = np.array(chart["edges"]), chart["steps"].index(step)
     ends = []
@@ -432,7 +433,8 @@ def goodness_in_training(chart: dict, title: str, *, step: int) -> Figure:
     left.axvline(chart["theta"], label="theta", **dashed)
     right.axhline(chart["theta"], **dashed)
     right.axvline(step, color="black", lw=1)
-    left.set(xlabel="goodness", ylabel="inputs", xlim=(0, max(edges[-1], 1.1 * chart["theta"])))
+    left.set(xlabel="goodness (last bar: or more)", ylabel="inputs")
+    left.set(xlim=(0, max(edges[-1], 1.1 * chart["theta"])))
     right.set(xlabel="training steps", ylim=(0, None))
     left.legend()
     label_ends(right, ends)

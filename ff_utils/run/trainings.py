@@ -295,7 +295,7 @@ def error_and_memory(names: list[str]) -> pd.DataFrame:
 
     error (%), low and high: as in `beside_the_paper`. step (MB): peak of one training step at the
     form's own sizes and batch, counted tensor by tensor; of which weights and optimizer state.
-    per image (kB): the peak divided by the batch. epoch (s): mean over the run's epochs.
+    epoch (s): mean over the run's epochs.
     """
     table, rows = beside_the_paper().set_index("system"), []
     for name in names:
@@ -306,7 +306,6 @@ def error_and_memory(names: list[str]) -> pd.DataFrame:
         row["95 % interval"] = table["95 % interval"][form.title]
         total = sum(peak.values())
         row |= {"step (MB)": total / 1e6, "weights and moments (MB)": stays / 1e6}
-        row["per image (kB)"] = total / form.train["batch_size"] / 1e3
         row["epoch (s)"] = plan(name).read()["metrics"]["seconds_an_epoch"]
         rows.append(row)
     return pd.DataFrame(rows)
