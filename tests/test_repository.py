@@ -277,6 +277,8 @@ def test_readme_names_paths_that_exist():
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for target in re.findall(r"`make ([a-z-]+)", text):
         assert target in targets, target
+    # Markdown ends a paragraph at a line that begins with a comment.
+    assert not re.search(r"^\s*<!--", text, flags=re.MULTILINE)
 
 
 def test_committed_records_keep_their_promises():
