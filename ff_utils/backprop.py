@@ -53,6 +53,37 @@ def mlp(
     return nn.Sequential(*modules)
 
 
+def cnn(
+    shape: tuple[int, int, int],
+    classes: int,
+    channels: list[int],
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> nn.Sequential:
+    """Blocks of a 3x3 convolution, ReLU and 2x2 max-pooling, then a linear classifier.
+
+    It reads flat images of `shape` (channels, height, width). channels: outputs of each block.
+    """
+    check_ints("channels", channels, 1)
+    inner, *sides = shape
+    if len(shape) != 3 or min(sides) < 2 ** len(channels):
+        raise ValueError(
+            f"images of shape {shape} do not fit {len(channels)} blocks, each of which halves "
+            "them: give images (channels, height, width) that are large enough, or fewer channels."
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        modules: list[nn.Module] = [nn.Unflatten(1, shape)]
+        for below, above in pairwise([inner, *channels]):
+            convolution = nn.Conv2d(below, above, 3, padding=1, device=device)
+            modules.append(nn.Sequential(convolution, nn.ReLU(), nn.MaxPool2d(2)))
+        outputs = channels[-1] * math.prod(side // 2 ** len(channels) for side in sides)
+        classifier = nn.Linear(outputs, classes, device=device)
+        modules.append(nn.Sequential(nn.Flatten(), classifier))
+    return nn.Sequential(*modules)
+
+
 class RowNormalisation(nn.Module):
     """Each row divided by its length: (rows, width) -> (rows, width)."""
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ff_utils.backprop import Backprop, mlp, segment_sizes, split_segments
+from ff_utils.backprop import Backprop, cnn, mlp, segment_sizes, split_segments
 
 REMEDIES = [
     {"checkpoint": "segments"},
@@ -94,6 +94,19 @@ def test_mlp_leaves_the_global_random_state_alone():
     torch.manual_seed(0)
     mlp(20, 4, [8], seed=9)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_cnn_halves_the_image_in_each_block_and_classifies_what_is_left():
+    network = cnn((3, 13, 8), 7, [4, 5], seed=1)
+    shapes, x = [], torch.rand(2, 3 * 13 * 8)
+    for module in network:
+        x = module(x)
+        shapes.append(tuple(x.shape[1:]))
+    assert shapes == [(3, 13, 8), (4, 6, 4), (5, 3, 2), (7,)]
+    assert torch.equal(network[1][0].weight, cnn((3, 13, 8), 7, [4, 5], seed=1)[1][0].weight)
+    for shape in ((28, 28), (3, 8, 3)):
+        with pytest.raises(ValueError, match="do not fit 2 blocks"):
+            cnn(shape, 10, [4, 5])
 
 
 def test_backprop_refuses_bad_settings():

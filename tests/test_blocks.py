@@ -90,12 +90,13 @@ def test_one_block_is_backprop():
     assert_close(after_step(trained, before), expected)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 3])
-def test_blocks_with_classifiers_learn_from_their_own_loss(micro_batches):
+@pytest.mark.parametrize(("micro_batches", "grid"), [(1, 1), (3, 1), (1, 2)])
+def test_blocks_with_classifiers_learn_from_their_own_loss(micro_batches, grid):
     network, (x, labels) = cnn(), batch()
     if micro_batches > 1:
         network[2] = nn.Identity()  # batch statistics differ from part to part
-    trained = BlockLocal(network, optimizer="sgd", learning_rate=1.0, micro_batches=micro_batches)
+    kind = {"optimizer": "sgd", "learning_rate": 1.0}
+    trained = BlockLocal(network, micro_batches=micro_batches, grid=grid, **kind)
     trained.prepare(x, labels)
     twin, heads = copy.deepcopy(network), copy.deepcopy(trained.classifiers)
     before = [p.detach().clone() for p in network.parameters()]
@@ -103,8 +104,12 @@ def test_blocks_with_classifiers_learn_from_their_own_loss(micro_batches):
     losses = trained.step(x, labels)
     assert sorted(losses) == ["loss", "loss_1", "loss_2"]
 
+    def averaged(y):
+        cells = [half for rows in y.chunk(grid, 2) for half in rows.chunk(grid, 3)]
+        return torch.stack([cell.mean(dim=(2, 3)) for cell in cells], dim=2).flatten(1)
+
     def loss_of(number, y):
-        pooled = y.mean(dim=(2, 3)) if y.dim() == 4 else y
+        pooled = averaged(y) if y.dim() == 4 else y
         logits = heads[str(number)](pooled) if number < 2 else y
         return functional.cross_entropy(logits, labels), y.detach()
 
@@ -115,7 +120,7 @@ def test_blocks_with_classifiers_learn_from_their_own_loss(micro_batches):
     moved = [
         old - new for old, new in zip(heads_before, trained.classifiers.parameters(), strict=True)
     ]
-    pooled = twin[:4](x).mean(dim=(2, 3)).detach()
+    pooled = averaged(twin[:4](x)).detach()
     loss = functional.cross_entropy(heads["0"](pooled), labels)
     assert_close(moved[:2], torch.autograd.grad(loss, [*heads["0"].parameters()]))
     assert all(p.grad is None for p in trained.parameters())
@@ -124,7 +129,7 @@ def test_blocks_with_classifiers_learn_from_their_own_loss(micro_batches):
 def test_blocks_with_goodness_learn_from_their_own_loss():
     network, (x, labels) = cnn(), batch()
     trained = BlockLocal(
-        network, 10, loss="goodness", optimizer="sgd", learning_rate=1.0, threshold=0.5
+        network, 10, loss="goodness", optimizer="sgd", learning_rate=1.0, sharpness=3.0
     )
     twin = copy.deepcopy(network)
     for module in twin.modules():
@@ -139,8 +144,7 @@ def test_blocks_with_goodness_learn_from_their_own_loss():
 
     def loss_of(number, y):
         squares = y.square().flatten(1).mean(1)
-        g = squares - 0.5
-        loss = (functional.softplus(-g[:12]).mean() + functional.softplus(g[12:]).mean()) / 2
+        loss = functional.softplus(3 * (squares[12:] - squares[:12])).mean()
         torch.testing.assert_close(losses[f"loss_{number + 1}"], loss.detach())
         shape = (-1, *[1] * (y.dim() - 1))
         return loss, (y / (squares.sqrt() + 1e-8).view(shape)).detach()
@@ -262,7 +266,7 @@ def test_fit_trains_and_goes_on_to_the_same_bits(loss, tmp_path):
         torch.manual_seed(1)
         layers = [nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU()]
         network = cnn().float() if loss == "classifier" else nn.Sequential(*layers)
-        network = BlockLocal(network, 10, loss=loss, threshold=0.5)
+        network = BlockLocal(network, 10, loss=loss)
         config = TrainConfig(epochs=5, batch_size=50, learning_rate=1e-2, dropout=0.1)
         return network, fit(network, data, config, quiet=True, **options)
 

@@ -44,6 +44,25 @@ def test_forms_have_settings_that_their_networks_take():
             assert dataclasses.replace(form, **same) == kept and form.train != kept.train
 
 
+def test_one_convolutional_network_is_trained_three_ways():
+    data = load_dataset("colour_digits", 100, 50)
+    starts = []
+    for name in ("cnn_backprop", "cnn_classifiers", "cnn_goodness"):
+        form = dataclasses.replace(trainings.forms()[name], channels=[4, 5, 6])
+        assert form.parameters(0, 1)["channels"] == [4, 5, 6]
+        network, again = form.build(data, 0), form.build(data, 0)
+        for one, other in zip(network.parameters(), again.parameters(), strict=True):
+            assert torch.equal(one, other)
+        starts.append(network.network[1][0].weight.detach().clone())
+        config = dataclasses.replace(form.train_config, epochs=2, batch_size=10)
+        history = training.fit(network, data, config, quiet=True)
+        first = "loss" if name == "cnn_backprop" else "loss_1"
+        assert history[first].iloc[-1] < history[first].iloc[0]
+        by = "goodness" if name == "cnn_goodness" else "softmax"
+        assert len(form.wrong_images(network, data)[by]) == round(history.error.iloc[-1] * 50)
+    assert torch.equal(starts[0], starts[1]) and torch.equal(starts[0], starts[2])
+
+
 @pytest.mark.parametrize("path", NETWORKS, ids=lambda path: path.stem)
 def test_committed_network_fits_todays_classes(path, monkeypatch):
     shape = dataclasses.replace(load_dataset("digits", 10, 10), shape=(28, 28))

@@ -166,13 +166,15 @@ class BlockLocal(nn.Module):
     """Trains a network block by block; the network itself is unchanged.
 
     loss "classifier": each block but the last has a linear classifier of its own, on its output
-    averaged over positions; classifiers of tokens share their weights and are not averaged. The
-    last block and what follows it train on the network's own loss; what precedes the first block
-    trains with it. Predictions are the network's.
-    loss "goodness": each block raises its mean squared output above `threshold` on positive
-    samples and lowers it on negative ones, twice as many rows. Its output goes on with mean square
-    1. What follows the last block is not used; predictions are by goodness, of all blocks but the
-    first. Negative images carry a wrong label, negative token sequences are shuffled.
+    averaged over tokens, or over each cell of a `grid` x `grid` laid on an image; classifiers of
+    every token share their weights and are not averaged. The last block and what follows it train
+    on the network's own loss; what precedes the first block trains with it. Predictions are the
+    network's.
+    loss "goodness": each block raises its mean squared output on positive samples over that on
+    their negatives, twice as many rows, by softplus(sharpness * (negative - positive)) (SymBa, Lee
+    and Song, arXiv 2303.08418). Its output goes on with mean square 1. What follows the last block
+    is not used; predictions are by goodness, of all blocks but the first. Negative images carry a
+    wrong label, negative token sequences are shuffled.
     label "pixels": the first `classes` pixels are the one-hot label (Hinton, section 3.3).
     label "waves": a wave is added whose direction is the class's, so that every convolution sees
     the label (Scodellaro et al., arXiv 2312.14924); images are of `shape`, flat or not.
@@ -189,7 +191,8 @@ class BlockLocal(nn.Module):
         blocks: Sequence[str] | None = None,
         optimizer: str = "adam",
         learning_rate: float = 1e-3,
-        threshold: float = 2.0,
+        sharpness: float = 30.0,
+        grid: int = 1,
         label: str = "pixels",
         shape: tuple[int, ...] | None = None,
         micro_batches: int = 1,
@@ -200,10 +203,12 @@ class BlockLocal(nn.Module):
         check_choice("loss", loss, LOCAL_LOSSES)
         check_choice("optimizer", optimizer, TORCH_OPTIMIZERS)
         check_number("micro_batches", micro_batches, 1, whole=True)
+        check_number("grid", grid, 1, whole=True)
+        check_number("sharpness", sharpness, 0, above=True)
         check_choice("label", label, IMAGE_LABELS)
         self.network, self.classes, self.loss = network, classes, loss
-        self.label, self.shape = label, shape
-        self.threshold, self.network_loss = threshold, network_loss
+        self.label, self.shape, self.grid = label, shape, grid
+        self.sharpness, self.network_loss = sharpness, network_loss
         self.micro_batches, self.short = micro_batches, short
         self.blocks = [block.name for block in find_blocks(network, blocks)]
         for name, block in zip(self.blocks, find_blocks(network, blocks), strict=True):
@@ -218,7 +223,8 @@ class BlockLocal(nn.Module):
         self._mode: str | None = None
         self._ran: list[tuple[str, torch.Tensor]] = []
         self.settings = {"blocks": self.blocks, "loss": loss, "optimizer": optimizer}
-        self.settings |= {"label": label, "threshold": threshold, "micro_batches": micro_batches}
+        self.settings |= {"grid": grid, "label": label, "sharpness": sharpness}
+        self.settings |= {"micro_batches": micro_batches}
         self.settings |= {"parameters": [list(p.shape) for p in network.parameters()]}
 
     def forward(self, inputs: object) -> object:
@@ -261,7 +267,7 @@ class BlockLocal(nn.Module):
                 raise ValueError(
                     "local classifiers need one class label for each sample or token; use goodness."
                 )
-            width = y.shape[1] if y.dim() > 3 and not shared else y.shape[-1]
+            width = y.shape[-1] if shared else pool(y, self.grid).shape[1]
             classes = self.classes or logits.shape[-1]
             if shared and number and self.classifiers["0"].in_features != width:
                 raise ValueError("token classifiers share weights: blocks must have one width.")
@@ -335,15 +341,12 @@ class BlockLocal(nn.Module):
 
     def _local_loss(self, number: int, y: torch.Tensor) -> torch.Tensor:
         if self.loss == "goodness":
-            x = goodness_of(y) - self.threshold
-            positive, negative = x.chunk(2)
-            return (
-                functional.softplus(-positive).mean() + functional.softplus(negative).mean()
-            ) / 2
+            positive, negative = goodness_of(y).chunk(2)
+            return functional.softplus(self.sharpness * (negative - positive)).mean()
         if self._labels.dim() == 2:
             return chunked_cross_entropy(y, self._labels, self.classifiers["0"])
-        pooled = y.mean(dim=1) if y.dim() == 3 else y.flatten(2).mean(2) if y.dim() > 3 else y
-        return functional.cross_entropy(self.classifiers[str(number)](pooled), self._labels)
+        logits = self.classifiers[str(number)](pool(y, self.grid))
+        return functional.cross_entropy(logits, self._labels)
 
     def _with_negatives(self, inputs: object, labels: torch.Tensor | None) -> object:
         x = inputs if torch.is_tensor(inputs) else next(iter(tree_flatten(inputs)[0]))
@@ -408,6 +411,14 @@ class BlockLocal(nn.Module):
             finally:
                 self._mode, self._ran = None, []
         return torch.stack(scores, dim=1)
+
+
+def pool(y: torch.Tensor, grid: int) -> torch.Tensor:
+    """What a local classifier reads: features (rows, width), a token's (rows, tokens, width)
+    averaged over tokens, or an image's (rows, channels, height, width) over each cell of a grid."""
+    if y.dim() == 4:
+        return functional.adaptive_avg_pool2d(y, grid).flatten(1)
+    return y.mean(dim=1) if y.dim() == 3 else y.flatten(2).mean(2) if y.dim() > 3 else y
 
 
 def goodness_of(y: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from ff_utils import utils
-from ff_utils.backprop import Backprop, mlp
+from ff_utils.backprop import Backprop, cnn, mlp
 from ff_utils.config import Batch, FFConfig, LocalConfig, RecurrentConfig, TrainConfig
 from ff_utils.data import Dataset, load_dataset, test_batches
+from ff_utils.ff.blocks import BlockLocal
 from ff_utils.ff.local import LocalForwardForward
 from ff_utils.ff.network import PREDICTIONS, ForwardForward
 from ff_utils.ff.recurrent import RecurrentForwardForward
@@ -33,6 +34,7 @@ NETWORK_CLASSES = {
     "LocalForwardForward": (LocalForwardForward, LocalConfig),
     "RecurrentForwardForward": (RecurrentForwardForward, RecurrentConfig),
     "Backprop": (Backprop, None),
+    "BlockLocal": (BlockLocal, None),
 }
 OPTIMIZER_STATE = ("_moment", "_steps")  # how the names of its buffers end
 OLD_NAMES = {  # of parameters, in records of the first version
@@ -53,6 +55,7 @@ class Form:
     train: dict
     hidden: list | None = None
     fields: list | None = None
+    channels: list | None = None
     config: dict = field(default_factory=dict)
     paper: float | None = None
     dataset: str = "mnist"
@@ -66,7 +69,8 @@ class Form:
 
     def parameters(self, seed: int, epochs: int) -> dict:
         """All that decides a run's result, as its record has it."""
-        size = {"hidden": self.hidden} if self.hidden else {"fields": self.fields}
+        sizes = {"hidden": self.hidden, "fields": self.fields, "channels": self.channels}
+        size = {name: value for name, value in sizes.items() if value}
         chosen = {"validation": 0, "chosen_by": self.chosen_by} if self.chosen_by else {}
         settings = {**size, **self.config, **self.train, "epochs": epochs}
         return {"seed": seed, **settings, "validation": VALIDATION} | chosen
@@ -75,9 +79,13 @@ class Form:
         """Its network, untrained."""
         network, config = NETWORK_CLASSES[self.network]
         device = data.train_images.device
-        if network is Backprop:
-            layers = mlp(data.pixels, data.classes, self.hidden, seed=seed, device=device)
-            return Backprop(layers)
+        if config is None:
+            make, size = (cnn, data.shape) if self.channels else (mlp, data.pixels)
+            sizes = self.channels or self.hidden
+            layers = make(size, data.classes, sizes, seed=seed, device=device)
+            network = network(layers, **self.config)
+            network.start_training(data, replace(self.train_config, seed=seed))
+            return network
         config = config(**self.config, seed=seed)
         if self.fields:
             return network(data.shape, data.classes, self.fields, config, device=device)
@@ -88,6 +96,8 @@ class Form:
         """Numbers of the images in `data`'s test part that each way to predict gets wrong."""
         if self.network == "Backprop":
             ways = {"softmax": lambda images: network(images).argmax(1)}
+        elif self.network == "BlockLocal":
+            ways = {"softmax" if network.loss == "classifier" else "goodness": network.predict}
         else:
             names = ["softmax"] if self.config.get("label") == "none" else PREDICTIONS
             ways = {by: partial(network.predict, by=by) for by in names}
