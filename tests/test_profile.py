@@ -112,6 +112,39 @@ def experts(rows=5):
     return Experts(), (torch.randn(rows, 8), torch.randint(8, (rows,)))
 
 
+class Routed(nn.Module):
+    """Each row goes to one expert; the products of all experts are one operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.rand(4, 8, 8))
+
+    def forward(self, x):
+        ends = torch.tensor([4, 8, 12, 16], dtype=torch.int32)
+        return torch._grouped_mm(x, self.experts, offs=ends)
+
+
+def routed():
+    return Routed(), (torch.randn(16, 8), torch.randint(8, (16,)))
+
+
+class Pooled(nn.Module):
+    """Pooling after a normalisation of transposed rows, as in the Swin transformer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 8))
+        self.norm, self.last = nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.norm(self.first(x)).transpose(1, 2)
+        return self.last(functional.adaptive_avg_pool1d(x, 1).flatten(1))
+
+
+def pooled():
+    return Pooled(), (torch.randn(16, 200, 8), torch.randint(3, (16,)))
+
+
 def encoder(rows=3):
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     network = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Flatten(), nn.Linear(80, 4))
@@ -162,6 +195,8 @@ BUILDERS = {
     "language": language,
     "unet": unet,
     "experts": experts,
+    "routed experts": routed,
+    "pooled": pooled,
     "encoder": encoder,
     "gru": lambda: recurrent(nn.GRU),
     "rnn": lambda: recurrent(nn.RNN),
@@ -188,6 +223,18 @@ def test_simulated_step_is_the_real_one_to_the_byte(name):
     assert simulated.evaluation_peak_bytes == real.evaluation_peak_bytes
     for found in (simulated, real):
         assert parts_of(found) == sum(found.by_category.values()) == found.peak_bytes
+
+
+def test_weights_of_a_truncated_normal_distribution_are_simulated():
+    def truncated():
+        network, batch = cnn()
+        nn.init.trunc_normal_(next(network.parameters()))
+        return network, batch
+
+    assert profile(truncated).by_category == profile(cnn).by_category
+    torch.manual_seed(0)
+    weights = nn.init.trunc_normal_(torch.empty(1000))  # outside a simulation they are still drawn
+    assert weights.std() > 0.5 and weights.abs().max() <= 2
 
 
 @pytest.mark.parametrize("name", [n for n in BUILDERS if n != "accumulation"])

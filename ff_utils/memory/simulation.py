@@ -28,6 +28,11 @@ REDUCED_IN_PLACE = {
 # Their statistics have the weights' precision, not the input's.
 BATCH_NORMS = {aten.native_batch_norm.default, aten._native_batch_norm_legit.default}
 
+# Its gradient lies in order, whatever the order of the one that comes in.
+LAYER_NORM_BACKWARD = aten.native_layer_norm_backward.default
+# Products of experts, which run in any precision, but are simulated in bfloat16 only.
+GROUPED_PRODUCT = aten._grouped_mm.default
+
 
 class CannotSimulateError(ValueError):
     """A step does what can't be simulated: it reads data, or its kernels differ."""
@@ -48,6 +53,10 @@ class Simulation(FakeTensorMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         """Simulate one operation."""
+        if function is GROUPED_PRODUCT and args[0].dtype != torch.bfloat16:
+            halves = [t.to(torch.bfloat16) for t in args[:2]]
+            result = super().__torch_dispatch__(function, types, (*halves, *args[2:]), kwargs)
+            return result.to(args[0].dtype)
         result = super().__torch_dispatch__(function, types, args, kwargs)
         if function in REDUCED_IN_PLACE and result.dim() == 0:
             elements = torch.broadcast_shapes(args[0].shape, args[1].shape).numel()
@@ -55,6 +64,8 @@ class Simulation(FakeTensorMode):
             return FakeTensor(self, whole, result.device)
         if function in BATCH_NORMS and args[1] is not None and args[1].dtype != args[0].dtype:
             return (result[0], *(statistic.to(args[1].dtype) for statistic in result[1:]))
+        if function is LAYER_NORM_BACKWARD and result[0] is not None:
+            return (result[0].contiguous(), *result[1:])
         return result
 
 
@@ -127,7 +138,8 @@ def _call_builder(builder: Callable, rows: int | None, simulation: Simulation | 
     if simulation is None:
         return builder(*arguments)
     try:
-        return builder(*arguments)
+        with _untruncated():
+            return builder(*arguments)
     except (DataDependentOutputException, DynamicOutputShapeException, RuntimeError) as error:
         if isinstance(error, UnsupportedOperatorException):
             raise
@@ -136,7 +148,7 @@ def _call_builder(builder: Callable, rows: int | None, simulation: Simulation | 
             lambda module, name, parameter: fake(parameter) if parameter is not None else None
         )
         try:
-            with _paused(simulation):
+            with _paused(simulation), _untruncated():
                 built = builder(*arguments)
         except Exception:
             raise error from None
@@ -148,6 +160,24 @@ def _call_builder(builder: Callable, rows: int | None, simulation: Simulation | 
                     if torch.is_tensor(value):
                         store[name] = fake(value)
         return built
+
+
+@contextmanager
+def _untruncated() -> Iterator[None]:
+    """Initial values drawn from a truncated normal distribution are not drawn where there are none.
+
+    PyTorch looks at what it has drawn, to draw again what lies beyond the bounds.
+    """
+    draw = nn.init._no_grad_trunc_normal_
+
+    def draw_numbers(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else draw(tensor, *args, **kwargs)
+
+    nn.init._no_grad_trunc_normal_ = draw_numbers
+    try:
+        yield
+    finally:
+        nn.init._no_grad_trunc_normal_ = draw
 
 
 @contextmanager
