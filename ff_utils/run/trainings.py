@@ -5,6 +5,8 @@ one of them.
 """
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -28,6 +30,7 @@ from ff_utils.training import fit, goodness_errors, load_state
 
 FOLDER = accuracy.FOLDER  # of the records, below data/results/, and of checkpoints, below build/
 NETWORKS = utils.DATA / "networks"
+GREY, COLOUR = (28, 28), (3, 32, 32)  # images of MNIST and of CIFAR-10
 VALIDATION = 5000  # training images held out, or a sixth of them: they choose, the test set reports
 NETWORK_CLASSES = {
     "ForwardForward": (ForwardForward, FFConfig),
@@ -322,23 +325,28 @@ def error_and_memory(names: list[str]) -> pd.DataFrame:
 
 
 def step_bytes(form: Form) -> dict[str, int]:
-    """Bytes at the peak of one training step of a form of MNIST, by category.
+    """Bytes at the peak of one training step of a form, by category."""
+    network, step, batch = example_step(form)
+    tracker = track_step(step, network, inputs=batch, optimizers=network.optimizers)
+    return {name: size for name, size in tracker.peak.items() if name in CATEGORIES}
 
-    Hard negatives are chosen in that step, which is the largest that the training has.
+
+def example_step(form: Form) -> tuple[nn.Module, Callable[[], object], list[torch.Tensor]]:
+    """A form's network, a training step of it, and the step's batch: random images of its size.
+
+    Where the form chooses hard negatives, it does so in this step, which is the largest that the
+    training has.
     """
-    rows = form.train["batch_size"]
-    images, labels = torch.rand(rows, 784), torch.arange(rows) % 10
-    data = Dataset("random", (28, 28), 10, images, labels, images, labels, "")
-    network = form.build(data, 0)
-    config = form.train_config
+    rows, shape = form.train["batch_size"], COLOUR if "cifar" in form.dataset else GREY
+    images, labels = torch.rand(rows, math.prod(shape)), torch.arange(rows) % 10
+    data = Dataset("random", shape, 10, images, labels, images, labels, "")
+    network, config = form.build(data, 0), form.train_config
     if form.train.get("classifier_update_prob"):
         config = replace(config, classifier_update_prob=1.0)
     stage = network.start_training(data, config)[0]
     generator = torch.Generator().manual_seed(0)
     batch = Batch(images, labels, config.learning_rate, generator, config, stage)
-    kept = {"inputs": [images, labels], "optimizers": network.optimizers}
-    tracker = track_step(lambda: network.train_batch(batch), network, **kept)
-    return {name: size for name, size in tracker.peak.items() if name in CATEGORIES}
+    return network, lambda: network.train_batch(batch), [images, labels]
 
 
 def save_network(network: nn.Module, path: Path) -> None:
