@@ -38,7 +38,7 @@ def mlp(
 ) -> nn.Sequential:
     """Linear and ReLU layers of widths `hidden`, then a linear classifier.
 
-    normalised: each row gets length 1 between the hidden layers, as in the seed's "backprop".
+    normalised: each row gets length 1 between the hidden layers, as in the first study.
     """
     check_ints("hidden", hidden, 1)
     kind = {"device": device, "dtype": dtype}

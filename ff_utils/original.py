@@ -1,4 +1,4 @@
-"""The seed's systems as it wrote them, to measure what it measured.
+"""The first study's systems as it wrote them, to measure what it measured.
 
 Not to learn with: `ff` has each done right. Source: the repository
 diegofiori/test-forward-forward-pytorch, and the `forward_forward` package it trains.
@@ -29,7 +29,7 @@ class OriginalLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.linear = nn.Linear(in_features, out_features, **factory)
-        # One tensor after the other on every device, as PyTorch did when the seed was measured.
+        # One tensor after the other on every device, as PyTorch did at the first study's time.
         self.optimizer = TORCH_OPTIMIZERS[optimizer](self.parameters(), lr=0.03, foreach=False)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ class OriginalLayer(nn.Module):
 
 
 class OriginalForwardForward(nn.Module):
-    """The seed's base network: one layer after the other, gradients kept, the data set's
+    """The first study's base network: one layer after the other, gradients kept, the data set's
     activations cached on the device, those of a layer and of the next one together."""
 
     def __init__(
@@ -102,8 +102,8 @@ class OriginalForwardForward(nn.Module):
 
 
 class OriginalRecurrent(nn.Module):
-    """The seed's recurrent network: each layer reads the one below and the one above, its state
-    0.3 old and 0.7 new, for 8 steps; the label is the topmost state.
+    """The first study's recurrent network: each layer reads the one below and the one above, its
+    state 0.3 old and 0.7 new, for 8 steps; the label is the topmost state.
 
     It keeps the states of this time step and of the next, those that the negatives began with,
     and, under a view of half of them, those that the last batch ended with.

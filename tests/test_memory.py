@@ -76,7 +76,7 @@ def test_counter_is_what_the_allocator_handed_out(arm, monkeypatch):
         peak, end = peak - batch, end - batch
     assert end == after
     # PyTorch may wrap a number in tensors of 8 and 4 bytes that no operation returns. Where two
-    # gradients of one tensor meet, as in the seed's loss, it adds in place unless someone looks.
+    # gradients of one tensor meet, as in that study's loss, it adds in place unless someone looks.
     half = -sizes.batch // 2 * sizes.hidden * 4  # a gradient of the positive rows' activations
     assert peak - counted in ((half,) if arm.startswith("ff_seed") else (0, 12))
 

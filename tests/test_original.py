@@ -23,7 +23,7 @@ def test_original_step_follows_autograd_of_each_layers_own_loss():
     for layer, after in zip(network.layers, expected, strict=True):
         for p, wanted in zip(layer.linear.parameters(), after, strict=True):
             assert torch.allclose(p, wanted, atol=1e-6)
-            assert p.grad is not None  # the seed keeps its gradients
+            assert p.grad is not None  # the first study keeps its gradients
 
 
 def test_original_last_stage_trains_the_last_layer_alone():

@@ -80,9 +80,9 @@ def test_table_beside_the_paper_has_an_interval_for_every_form_that_has_run():
     own = [form for form in trainings.forms().values() if not form.candidate_for]
     assert list(table.index) == [form.title for form in own] and table.index.is_unique
     supervised = table.loc[trainings.forms()["supervised"].title]
-    assert supervised.seeds >= 3 and supervised["of"] == "seeds"
+    assert supervised.seeds >= 3 and supervised["interval over"] == "seeds"
     recurrent = table.loc[trainings.forms()["recurrent_all"].title]
-    assert tuple(recurrent[["95 % interval", "of", "seeds", "epochs"]]) == (
+    assert tuple(recurrent[["95 % interval", "interval over", "seeds", "epochs"]]) == (
         "1.11 to 1.55",  # 131 of 10,000 wrong
         "test images",
         1,

@@ -53,7 +53,7 @@ class Arm:
     """One way to train one network.
 
     network: "backprop" (a perceptron), "ff", "ff_local" or "ff_recurrent".
-    original: the network and the step are the seed's, as it wrote them.
+    original: the network and the step are the first study's, as it wrote them.
     remedies: of "segments", "halves", "all" (checkpoints), "offload" (activations on the host),
         "optimizer_in_backward", "best" (as many micro-batches as make the peak smallest), and for
         FF "recompute".
@@ -63,7 +63,7 @@ class Arm:
         computes each layer's gradient by autograd.
     offloaded: one layer on the device, the others on the host.
     negatives: "given" trains FF's layers alone; "hard" and "hybrids" train a softmax too.
-    text: reads ten characters instead of an image. cached: FF of the seed, its cache included.
+    text: reads ten characters instead of an image. cached: the first study's FF with its cache.
     """
 
     name: str
@@ -192,7 +192,7 @@ _TABLE = (
         "backprop_seed",
         "backprop (seed)",
         "#9fc0dc",
-        "The seed's backprop: normalisation layers, old gradients kept in the forward pass.",
+        "The first study's backprop: normalisation layers, old gradients kept in the forward pass.",
         "backprop",
         original=True,
     ),
@@ -294,7 +294,7 @@ _TABLE = (
         "ff_seed",
         "FF (seed)",
         "#ecb795",
-        "The seed's base network: autograd in each layer, the data set's activations cached.",
+        "The first study's network: autograd in each layer, the data set's activations cached.",
         "ff",
         original=True,
     ),
@@ -302,7 +302,7 @@ _TABLE = (
         "ff_seed_uncached",
         "FF (seed), no cache",
         "#dba183",
-        "The seed's FF with a batch where its whole data set was.",
+        "The first study's FF with a batch where its whole data set was.",
         "ff",
         original=True,
         cached=False,
@@ -311,7 +311,7 @@ _TABLE = (
         "ff_recurrent",
         "recurrent FF (seed)",
         "#d8c08c",
-        "The seed's recurrent network: layers that read above and below, for 8 time steps.",
+        "The first study's recurrent network: layers that read above and below, for 8 time steps.",
         "ff_recurrent",
         original=True,
     ),

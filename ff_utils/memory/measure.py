@@ -410,11 +410,11 @@ def _bytes_by_batch(arm: str, depth: int, hidden: int, optimizer: str) -> np.nda
 
 
 def memory_metrics(hidden: int = 2000, images: int = 5000, depth: int = 47) -> dict[str, float]:
-    """What the ledger of claims asks of memory, simulated; by default at the seed's sizes.
+    """What the ledger of claims asks of memory, simulated; by default at the first study's sizes.
 
-    Both sides have steps of as many images, but for the seed's own systems (`seed_...` and
-    `recurrent_...`), which have as many rows, as the seed counts. What one more layer adds does not
-    depend on depth: it is read off 7 and 8 layers, of the recurrent network off 2 and 3.
+    Both sides have steps of as many images, but for the first study's own systems (`seed_...` and
+    `recurrent_...`), which have as many rows, as that study counts. What one more layer adds does
+    not depend on depth: it is read off 7 and 8 layers, of the recurrent network off 2 and 3.
     """
 
     def per_image(arm: str, layers: int = depth, optimizer: str = "adam") -> Report:

@@ -281,11 +281,11 @@ def beside_the_paper() -> pd.DataFrame:
         if form.candidate_for:
             continue
         row = {"system": form.title, "paper (%)": 100 * form.paper if form.paper else None}
-        row |= {"here (%)": 100 * mine.error.mean(), "95 % interval": "-", "of": "-"}
+        row |= {"here (%)": 100 * mine.error.mean(), "95 % interval": "-", "interval over": "-"}
         if len(mine):
             summary = summaries[name] if len(mine) > 1 else mine.iloc[0]
             row["95 % interval"] = f"{100 * summary['low']:.2f} to {100 * summary['high']:.2f}"
-            row["of"] = "seeds" if len(mine) > 1 else "test images"
+            row["interval over"] = "seeds" if len(mine) > 1 else "test images"
         row |= {"seeds": len(mine), "epochs": str(mine.epochs.max()) if len(mine) else "-"}
         rows.append(row)
     return pd.DataFrame(rows)
