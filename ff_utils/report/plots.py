@@ -234,6 +234,7 @@ def scatter(
     table = table.dropna(subset=[x, y]).assign(**{y: lambda rows: rows[y] * scale})
     style = names_and_colours(table[by].unique())
     front = pareto_front(table, x, y)
+    table = pd.concat([table.drop(front.index), front])  # filled points above the others
     figure, axis = plt.subplots(figsize=(WIDTH, 4.8))
     axis.plot(front[x], front[y], color=GREY, lw=1.2, ls="--", zorder=1)
     edges = table[by].map(lambda name: style[name][1])
@@ -483,7 +484,7 @@ def ranks(
     colours = {"forward": BLUE, "backward": PALE_BLUE, "update": GREY}
     for rank, (own, own_parts) in enumerate(zip(batches, parts, strict=True)):
         spans = [(start, end - start) for start, end in own]
-        axes[0].broken_barh(spans, (rank - 0.4, 0.8), facecolors=[ORANGE, PALE_ORANGE], lw=0)
+        axes[0].broken_barh(spans, (rank - 0.4, 0.8), facecolors=PALE_ORANGE, ec="white", lw=1)
         for number, (start, end) in enumerate(own, start=1):
             axes[0].text((start + end) / 2, rank, number, ha="center", va="center", fontsize=9)
         spans = [(start, end - start) for start, end, _ in own_parts]
