@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 from ff_utils.config import Batch, TrainConfig
 from ff_utils.data import Dataset
+from ff_utils.ff.local import Fields, fields_of
 from ff_utils.ff.negatives import drop_pixels
 from ff_utils.ff.network import classification_error
 from ff_utils.optimizers import TORCH_OPTIMIZERS
@@ -82,6 +83,43 @@ def cnn(
         classifier = nn.Linear(outputs, classes, device=device)
         modules.append(nn.Sequential(nn.Flatten(), classifier))
     return nn.Sequential(*modules)
+
+
+def local_mlp(
+    shape: tuple[int, ...],
+    classes: int,
+    fields: list[list[int]],
+    *,
+    padded: bool = False,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> nn.Sequential:
+    """Layers of local receptive fields and ReLU, as `LocalForwardForward` has them but without
+    the label, then a linear classifier."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        modules: list[nn.Module] = []
+        for seen, channels in fields_of(shape, fields, 0, padded=padded):
+            modules += [LocalLinear(seen, channels).to(device), nn.ReLU()]
+        outputs = modules[-2].bias.numel()
+        modules.append(nn.Linear(outputs, classes, device=device))
+    return nn.Sequential(*modules)
+
+
+class LocalLinear(nn.Module):
+    """Locally connected: (rows, in_features) -> (rows, positions * channels), no shared weights."""
+
+    def __init__(self, fields: Fields, channels: int) -> None:
+        super().__init__()
+        positions, seen = fields.seen.shape
+        self.fields, bound = fields, 1 / math.sqrt(seen)
+        self.weight = nn.Parameter(torch.empty(positions, channels, seen).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(positions * channels).uniform_(-bound, bound))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Weights of what lies beyond the edge count as zero."""
+        weight = self.weight.masked_fill(self.fields.seen[:, None] < 0, 0)
+        return self.fields.product(weight, self.bias, self.fields.inputs(x)).t()
 
 
 class RowNormalisation(nn.Module):

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from ff_utils.backprop import Backprop, cnn, mlp, segment_sizes, split_segments
+from ff_utils.backprop import Backprop, cnn, local_mlp, mlp, segment_sizes, split_segments
+from ff_utils.ff import local
 
 REMEDIES = [
     {"checkpoint": "segments"},
@@ -107,6 +108,37 @@ def test_cnn_halves_the_image_in_each_block_and_classifies_what_is_left():
     for shape in ((28, 28), (3, 8, 3)):
         with pytest.raises(ValueError, match="do not fit 2 blocks"):
             cnn(shape, 10, [4, 5])
+
+
+@pytest.mark.parametrize("gain", [4, 0])
+def test_local_network_is_a_masked_dense_one(gain, monkeypatch):
+    monkeypatch.setattr(local, "SHARED_GAIN", gain)
+    network = local_mlp((2, 5, 6), 7, [(3, 1, 4), (3, 2, 5)], padded=True, seed=1).double()
+    first, second = network[0], network[2]
+    assert first.fields.overlap == second.fields.overlap == (gain == 0)
+    x = torch.rand(8, 60, dtype=torch.float64, requires_grad=True)
+    twin = x.detach().clone().requires_grad_()
+    dense, masks = [], []
+    for layer, grid in ((first, (5, 6)), (second, (3, 3))):
+        seen, channels = layer.fields.seen, layer.weight.shape[1]
+        assert len(seen) == grid[0] * grid[1]
+        whole = torch.zeros(len(seen), channels, 61 if layer is first else 121).double()
+        index = seen.where(seen >= 0, whole.shape[2] - 1)[:, None].expand(layer.weight.shape)
+        whole.scatter_(2, index, layer.weight.detach())
+        dense.append(whole[..., :-1].flatten(0, 1).clone().requires_grad_())
+        masks.append((seen >= 0)[:, None].expand(layer.weight.shape))
+    h = torch.relu(twin @ dense[0].t() + first.bias)
+    h = torch.relu(h @ dense[1].t() + second.bias)
+    labels = torch.arange(8) % 7
+    expected = nn.functional.cross_entropy(network[4](h), labels)
+    loss = nn.functional.cross_entropy(network(x), labels)
+    torch.testing.assert_close(loss, expected)
+    torch.autograd.backward([loss, expected])
+    torch.testing.assert_close(x.grad, twin.grad)
+    for layer, whole, mask in zip((first, second), dense, masks, strict=True):
+        grad = whole.grad.view(*layer.weight.shape[:2], -1)
+        index = layer.fields.seen.clamp(min=0)[:, None].expand(layer.weight.shape)
+        torch.testing.assert_close(layer.weight.grad, grad.gather(2, index) * mask)
 
 
 def test_backprop_refuses_bad_settings():

@@ -7,12 +7,18 @@ from torch.nn.functional import softplus
 
 from ff_utils.config import NORMALISATIONS, LocalConfig, TrainConfig
 from ff_utils.data import load_dataset
-from ff_utils.ff import layers
+from ff_utils.ff import layers, local
 from ff_utils.ff.local import LocalForwardForward
 from ff_utils.training import error_rate, fit
 
 SHAPES = {"plain": (7, 9), "colour": (3, 7, 9)}
 FIELDS = [(3, 2, 5), (2, 1, 4)]
+
+
+@pytest.fixture(autouse=True, params=[local.SHARED_GAIN, 0], ids=["own copies", "shared copies"])
+def _copies(request, monkeypatch):
+    """Every test with a copy of the inputs for each position, and with one for a row of them."""
+    monkeypatch.setattr(local, "SHARED_GAIN", request.param)
 
 
 def make(shape=(3, 7, 9), device="cpu", **settings):
@@ -96,7 +102,7 @@ def test_step_has_autograds_gradient_of_a_masked_dense_layer(
     assert abs(found - value) < 1e-10
     assert (caught[1] - bias.grad).abs().max() < 1e-10
     # The dense gradient of the inputs that each position sees.
-    fields = layer.fields.view(len(layer.weight), 1, -1).expand(layer.weight.shape)
+    fields = layer.fields.seen.clamp(min=0)[:, None].expand(layer.weight.shape)
     seen = weight.grad.view(*layer.weight.shape[:2], -1).gather(2, fields)
     if layer.beyond is not None:
         seen = seen.masked_fill(layer.beyond, 0)
@@ -189,7 +195,7 @@ def test_all_of_it_is_on_its_device_and_the_state_dict_has_what_learns():
     ],
 )
 def test_bad_settings_are_named(settings, message):
-    sizes = {"shape": (8, 8), "classes": 4, "fields": FIELDS}
+    sizes, settings = {"shape": (8, 8), "classes": 4, "fields": FIELDS}, dict(settings)
     with pytest.raises(ValueError, match=message):
         sizes |= {name: settings.pop(name) for name in list(settings) if name in sizes}
         LocalForwardForward(**sizes, config=LocalConfig(**settings))

@@ -4,7 +4,7 @@ No weights are shared, unlike in a convolution: Hinton, arXiv 2212.13345, sectio
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -16,39 +16,111 @@ from ff_utils.ff.negatives import DenseInput
 from ff_utils.ff.network import ForwardForward
 from ff_utils.utils import check_choice, check_number
 
+SHARED_GAIN = 4  # times less that is copied, from which on a row of positions shares a copy
 
-class LocalFFLayer(FFLayer):
-    """As `FFLayer`, but each unit sees some of the inputs: locally connected.
 
-    fields: (positions, seen), the numbers of the inputs that the units at each position see;
-        -1 beyond the edge, only if `config.padded`.
-    channels: units at each position.
-    Weights (positions, channels, seen); output (rows, positions * channels), position after
-    position. A batch's numbers lie side by side in memory, so that a field is gathered in runs.
+class Fields(nn.Module):
+    """Which inputs the units at each position of a grid see, and products with these inputs.
+
+    grid: (height, width, units) numbers of the inputs; label: (classes,) numbers that every
+    position sees too. field, stride, padded: as in `LocalForwardForward`.
+    seen: (positions, inputs seen), -1 beyond the edge. Where the fields of a row of positions
+    overlap much, all of them read one copy of what the row sees: a larger product, most of whose
+    weights are zero, is faster than a copy for each position.
     """
 
     def __init__(
         self,
-        fields: torch.Tensor,
+        grid: torch.Tensor,
+        label: torch.Tensor,
+        field: int,
+        stride: int,
+        *,
+        padded: bool,
+    ) -> None:
+        super().__init__()
+        margin = field // 2 if padded else 0
+        rows = nn.functional.pad(grid, (0, 0, *(margin,) * 4), value=-1).unfold(0, field, stride)
+        seen = rows.unfold(1, field, stride).flatten(2)
+        self.high, self.wide = seen.shape[:2]
+        seen = torch.cat([seen, label.expand(self.high, self.wide, -1)], dim=2).flatten(0, 1)
+        shared = torch.cat([rows.flatten(1), label.expand(self.high, -1)], dim=1)
+        numbers = torch.arange(shared.shape[1])
+        places = numbers[: len(numbers) - len(label)].view(rows.shape[1:])
+        places = places.unfold(0, field, stride).flatten(1)
+        own_label = numbers[len(numbers) - len(label) :].expand(self.wide, -1)
+        places = torch.cat([places, own_label], dim=1)[:, None]
+        self.overlap = SHARED_GAIN * shared.shape[1] <= self.wide * seen.shape[1]
+        read = (shared if self.overlap else seen).clamp(min=0).flatten()
+        for name, tensor in {"seen": seen, "read": read, "places": places}.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.groups = self.high if self.overlap else len(seen)
+
+    def inputs(self, h: torch.Tensor) -> torch.Tensor:
+        """What each group of positions reads: (rows, in_features) -> (groups, read, rows)."""
+        return h.t().index_select(0, self.read).view(self.groups, -1, len(h))
+
+    def product(
+        self, weight: torch.Tensor, bias: torch.Tensor, inputs: torch.Tensor
+    ) -> torch.Tensor:
+        """weight (positions, channels, seen), bias (out_features,) -> (out_features, rows)."""
+        if self.overlap:
+            zeros = weight.new_zeros(*self._by_row(weight).shape[:3], inputs.shape[1])
+            weight = zeros.scatter(3, self._index(weight), self._by_row(weight))
+        weight = weight.reshape(self.groups, -1, inputs.shape[1])
+        y = torch.baddbmm(bias.view(self.groups, -1, 1), weight, inputs)
+        return y.view(-1, inputs.shape[2])
+
+    def add_gradient(
+        self, dw: torch.Tensor, dz: torch.Tensor, inputs: torch.Tensor, beta: float
+    ) -> None:
+        """dw (positions, channels, seen) times `beta`, plus the gradient from dz (out_features,
+        rows)."""
+        dz = dz.view(self.groups, -1, dz.shape[1])
+        if self.overlap:
+            whole = torch.bmm(dz, inputs.transpose(1, 2))
+            whole = whole.view(*self._by_row(dw).shape[:3], -1)
+            dw.mul_(beta) if beta else dw.zero_()
+            self._by_row(dw).add_(whole.gather(3, self._index(dw)))
+        else:
+            dw.baddbmm_(dz, inputs.transpose(1, 2), beta=beta)
+
+    def _by_row(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.view(self.high, self.wide, *weight.shape[1:])
+
+    def _index(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.places.expand(self.high, -1, weight.shape[1], -1)
+
+
+class LocalFFLayer(FFLayer):
+    """As `FFLayer`, but each unit sees some of the inputs: locally connected.
+
+    channels: units at each position of `fields`.
+    Weights (positions, channels, seen); output (rows, positions * channels), position after
+    position. A batch's numbers lie side by side in memory, so that a field is read in runs.
+    """
+
+    def __init__(
+        self,
+        fields: Fields,
         in_features: int,
         channels: int,
         config: LocalConfig = LocalConfig(),
         **kind: object,
     ) -> None:
-        positions, seen = fields.shape
+        positions, seen = fields.seen.shape
         shape = (positions, channels, seen)
         super().__init__(in_features, positions * channels, config, weight_shape=shape, **kind)
         self.groups = positions if config.local_goodness else 1
-        device = self.weight.device
-        beyond = (fields < 0)[:, None].to(device) if config.padded else None
-        self.register_buffer("fields", fields.clamp(min=0).flatten().to(device), persistent=False)
+        self.fields = fields.to(self.weight.device)
+        beyond = (self.fields.seen < 0)[:, None] if config.padded else None
         self.register_buffer("beyond", beyond, persistent=False)
         if beyond is not None:
             self.weight.masked_fill_(beyond, 0)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """(rows, in_features) -> (rows, out_features)."""
-        return self._output(self._gather(h))
+        return self._output(self.fields.inputs(h))
 
     def normalise_(self, y: torch.Tensor) -> torch.Tensor:
         """Normalise in place; the divisor of each row (rows,), or with local goodness (positions,
@@ -64,32 +136,25 @@ class LocalFFLayer(FFLayer):
         self, h: torch.Tensor, part: Part, dw: torch.Tensor, db: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `FFLayer.add_gradient`, a product for every position; `h` is left as it is."""
-        seen = self._gather(h)
-        y = self._output(seen)
+        inputs = self.fields.inputs(h)
+        y = self._output(inputs)
         units = self._grouped(y)
         width = self.groups * units.shape[1]
         g = goodness(units)
         value, slope = self.local_loss(g.t(), part)
         row_scale = self.normalise_(y).view(self.groups, -1).mul_(slope.t()).mul_(2 / width)
-        dz = (self._grouped(y) * row_scale[:, None]).view(*self.weight.shape[:2], -1)
-        dw.baddbmm_(dz, seen.transpose(1, 2), beta=0.0 if part.first else 1.0)
+        dz = (self._grouped(y) * row_scale[:, None]).view(self.out_features, -1)
+        self.fields.add_gradient(dw, dz, inputs, beta=0.0 if part.first else 1.0)
         if self.beyond is not None:
             dw.masked_fill_(self.beyond, 0)
         if part.first:
             db.zero_()
-        db.add_(dz.sum(dim=2).flatten())
+        db.add_(dz.sum(dim=1))
         return y, value / self.groups
 
-    def _gather(self, h: torch.Tensor) -> torch.Tensor:
-        """What each position sees: (rows, in_features) -> (positions, seen, rows)."""
-        seen = h.t().index_select(0, self.fields)
-        return seen.view(len(self.weight), -1, len(h))
-
-    def _output(self, seen: torch.Tensor) -> torch.Tensor:
-        """(positions, seen, rows) -> (rows, out_features)."""
-        bias = self.bias.view(*self.weight.shape[:2], 1)
-        y = torch.baddbmm(bias, self.weight, seen).relu_()
-        return y.view(self.out_features, -1).t()
+    def _output(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(groups, read, rows) -> (rows, out_features)."""
+        return self.fields.product(self.weight, self.bias, inputs).relu_().t()
 
     def _grouped(self, y: torch.Tensor) -> torch.Tensor:
         """Units that share a goodness: (rows, out_features) -> (groups, width, rows)."""
@@ -122,22 +187,12 @@ class LocalForwardForward(ForwardForward):
             raise ValueError(f"shape is {tuple(shape)}; give {wanted}.")
         pixels = math.prod(shape)
         codes = classes if config.label == "joined" else 0
-        numbers = torch.arange(pixels + codes)
-        grid, label = numbers[:pixels].view(-1, *shape[-2:]).permute(1, 2, 0), numbers[pixels:]
         self._plan, hidden, in_features = [], [], pixels + codes
-        for number, layer in enumerate(fields, start=1):
-            if len(layer) != 3:
-                raise ValueError(f"layer {number} is {layer!r}; give field, stride and channels.")
-            field, stride, channels = layer
-            check_number(f"the channels of layer {number}", channels, 1, whole=True)
-            seen = windows(grid, field, stride, config.padded, f"layer {number}")
-            high, wide, _ = seen.shape
-            seen = torch.cat([seen.flatten(0, 1), label.expand(high * wide, -1)], dim=1)
+        for seen, channels in fields_of(shape, fields, codes, padded=config.padded):
             make = partial(LocalFFLayer, seen, in_features, channels)
-            self._plan.append((make, seen.numel() * channels))
-            in_features = high * wide * channels
+            self._plan.append((make, seen.seen.numel() * channels))
+            in_features = len(seen.seen) * channels
             hidden.append(in_features)
-            grid, label = torch.arange(in_features).view(high, wide, channels), label[:0]
         super().__init__(pixels, classes, hidden, config, device=device, dtype=dtype)
         del self._plan  # its tables are in the layers now
         self.image_shape = tuple(shape)
@@ -152,11 +207,26 @@ class LocalForwardForward(ForwardForward):
         return DenseInput(images, self.encode)
 
 
-def windows(grid: torch.Tensor, field: int, stride: int, padded: bool, where: str) -> torch.Tensor:
-    """Every field's numbers on a grid (height, width, channels) of them, -1 beyond the edges:
-    (fields down, fields across, field * field * channels)."""
-    margin = field // 2 if padded else 0
-    check_number(f"the field of {where}", field, 1, min(grid.shape[:2]) + 2 * margin, whole=True)
-    check_number(f"the stride of {where}", stride, 1, whole=True)
-    wide = nn.functional.pad(grid, (0, 0, *(margin,) * 4), value=-1)
-    return wide.unfold(0, field, stride).unfold(1, field, stride).flatten(2)
+def fields_of(
+    shape: Sequence[int], fields: Sequence[Sequence[int]], codes: int, *, padded: bool
+) -> Iterator[tuple[Fields, int]]:
+    """The fields of each layer on images of `shape`, and its units at each position.
+
+    codes: numbers after the pixels, which every position of the first layer sees too.
+    """
+    pixels = math.prod(shape)
+    grid = torch.arange(pixels).view(-1, *shape[-2:]).permute(1, 2, 0)
+    label = torch.arange(pixels, pixels + codes)
+    for number, layer in enumerate(fields, start=1):
+        if len(layer) != 3:
+            raise ValueError(f"layer {number} is {layer!r}; give field, stride and channels.")
+        field, stride, channels = layer
+        most = min(grid.shape[:2]) + (2 * (field // 2) if padded else 0)
+        check_number(f"the field of layer {number}", field, 1, most, whole=True)
+        check_number(f"the stride of layer {number}", stride, 1, whole=True)
+        check_number(f"the channels of layer {number}", channels, 1, whole=True)
+        seen = Fields(grid, label, field, stride, padded=padded)
+        yield seen, channels
+        high, wide = seen.high, seen.wide
+        grid = torch.arange(high * wide * channels).view(high, wide, channels)
+        label = label[:0]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ff_utils import utils
-from ff_utils.backprop import Backprop, cnn, mlp
+from ff_utils.backprop import Backprop, cnn, local_mlp, mlp
 from ff_utils.config import Batch, FFConfig, LocalConfig, RecurrentConfig, TrainConfig
 from ff_utils.data import Dataset, load_dataset, test_batches
 from ff_utils.ff.blocks import BlockLocal
@@ -83,9 +83,13 @@ class Form:
         network, config = NETWORK_CLASSES[self.network]
         device = data.train_images.device
         if config is None:
+            kind = {"seed": seed, "device": device}
+            if self.fields:
+                return network(
+                    local_mlp(data.shape, data.classes, self.fields, padded=True, **kind)
+                )
             make, size = (cnn, data.shape) if self.channels else (mlp, data.pixels)
-            sizes = self.channels or self.hidden
-            layers = make(size, data.classes, sizes, seed=seed, device=device)
+            layers = make(size, data.classes, self.channels or self.hidden, **kind)
             network = network(layers, **self.config)
             network.start_training(data, replace(self.train_config, seed=seed))
             return network
