@@ -420,7 +420,7 @@ def goodness_in_training(chart: dict, title: str, *, step: int) -> Figure:
 
     chart: as `live.goodness_chart` gives it.
     """
-    names = [f"after {step} training steps", "mean during training; black: this step"]
+    names = [f"at training step {step}", "mean during training; black: the step at the left"]
     figure, (left, right) = panels(names, title=title, columns=2, size=(4, 3.2))
     edges, moment = np.array(chart["edges"]), chart["steps"].index(step)
     ends = []
@@ -434,7 +434,7 @@ def goodness_in_training(chart: dict, title: str, *, step: int) -> Figure:
     left.axvline(chart["theta"], label="theta", **dashed)
     right.axhline(chart["theta"], **dashed)
     right.axvline(step, color="black", lw=1)
-    left.set(xlabel="goodness (last bar: or more)", ylabel="inputs")
+    left.set(xlabel=f"goodness (last bar: {edges[-2]:.2g} or more)", ylabel="inputs")
     left.set(xlim=(0, max(edges[-1], 1.1 * chart["theta"])))
     right.set(xlabel="training steps", ylim=(0, None))
     left.legend()
