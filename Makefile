@@ -16,7 +16,7 @@ NAMES     := $(basename $(notdir $(sort $(wildcard notebooks/*.ipynb))))
 target     = $(or $(filter 0% 1%,$(firstword $(subst _, ,$(1)))),$(1))
 TARGETS   := $(foreach name,$(NAMES),$(call target,$(name)))
 # Every file of the module, at any depth, but for those that no notebook needs, sweeps' apart.
-APART     := ff_utils/run/sweep.py ff_utils/run/faults.py
+APART     := $(addprefix ff_utils/run/,sweep.py faults.py repeat.py)
 SOURCES   := $(filter-out $(APART),$(sort $(shell find ff_utils -name '*.py')))
 PROFILES  := $(basename $(notdir $(wildcard notebooks/profiles/*.yaml)))
 # The user root needs this: JupyterLab refuses to start without it.
@@ -64,8 +64,9 @@ test: $(READY)  ## the linter and all tests
 faults: $(READY)  ## disturb commands, see whether the next run mends it: TRIALS=50 SEED=0
 	@$(PY) -m ff_utils faults $(if $(TRIALS),--trials $(TRIALS)) --seed $(SEED)
 
-verify: $(READY)  ## judge every claim of the ledger against the records
+verify: $(READY)  ## judge every claim of the ledger against the records; run the smoke profile twice
 	@$(PY) -m ff_utils verify
+	@$(PY) -m ff_utils repeat
 
 lint: $(READY)  ## format the code and report what the formatter cannot mend
 	@$(PY) -m ruff format && $(PY) -m ruff check --fix

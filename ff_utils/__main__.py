@@ -13,6 +13,7 @@ COMMANDS = {
     "data": ("data", "fetch and check the data"),
     "faults": ("run.faults", "disturb commands and see whether the next run mends it"),
     "verify": ("report.claims", "judge every claim against the records"),
+    "repeat": ("run.repeat", "run the smoke profile twice and compare its metrics"),
 }
 
 

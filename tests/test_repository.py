@@ -136,7 +136,7 @@ def test_every_module_is_packaged_and_known_to_make(clone):
     assert project["tool"]["setuptools"]["packages"] == {"find": {"include": ["ff_utils*"]}}
     assert all((path.parent / "__init__.py").exists() for path in MODULES)
     printed = make(clone, "--eval", "sources: ; @echo $(SOURCES)", "sources").stdout.split()
-    apart = {"ff_utils/run/sweep.py", "ff_utils/run/faults.py"}
+    apart = {f"ff_utils/run/{name}.py" for name in ("sweep", "faults", "repeat")}
     assert set(printed) == {str(path.relative_to(ROOT)) for path in MODULES} - apart
 
 

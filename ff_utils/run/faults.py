@@ -39,7 +39,12 @@ MARK = "FF_TRIAL"  # in the environment of every process of a trial: its folder
 TIME_LIMIT = 900  # seconds for one command, on a busy machine
 GRACE = 60  # seconds in which what a killed process had started has to end
 CACHES = ("torchinductor_",)  # folders that every process of a library shares
-TIMES = re.compile(r"second|busy|timeline|peak_bytes_resident|^ranks$")  # names of metrics
+# Names of metrics that depend on time, and instruments that measure a whole process.
+TIMES = re.compile(
+    r"second|busy|timeline|peak_bytes_resident|^ranks$|time_ratio|evaluation_ratio|fastest|slowest|"
+    r"per_1000|times_plain|speed_up|\(s\)"
+)
+PROCESS = ("rss", "cuda")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 FILES = {
     "notebooks/sweeps/faults.yaml": """notebook: one_setting
@@ -262,7 +267,10 @@ def without_times(metrics: object) -> object:
     if isinstance(metrics, dict):
         kept = {name: value for name, value in metrics.items() if not TIMES.search(name)}
         return {name: without_times(value) for name, value in kept.items()}
-    return [without_times(value) for value in metrics] if isinstance(metrics, list) else metrics
+    if isinstance(metrics, list):
+        rows = [v for v in metrics if not isinstance(v, dict) or v.get("instrument") not in PROCESS]
+        return [without_times(value) for value in rows]
+    return metrics
 
 
 def title(one: psutil.Process) -> str:
