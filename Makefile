@@ -139,6 +139,6 @@ records_of = $(foreach name,$(1),$(OUT)/$(name).ipynb $(RECORDS)/$(name).json)
 $(OUT)/08_sweeps.ipynb: ff_utils/run/sweep.py $(wildcard data/results/sweeps/*.parquet)
 $(OUT)/03_backprop_baseline.ipynb: $(call records_of,02_ff_training)
 $(OUT)/10_figures.ipynb: data/claims.yaml $(call records_of,02_ff_training 07_ff_language_model \
-  03_backprop_baseline 04_memory_profiling 06_every_form 09_past_one_machine)
-$(OUT)/06_every_form.ipynb $(OUT)/full_length.ipynb: notebooks/forms.yaml \
+  03_backprop_baseline 04_memory_profiling 05_your_own_network 06_every_form 09_past_one_machine)
+$(foreach name,05_your_own_network 06_every_form full_length,$(OUT)/$(name).ipynb): notebooks/forms.yaml \
   $(wildcard data/results/full_length/*.json)
