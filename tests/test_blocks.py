@@ -153,6 +153,46 @@ def test_blocks_with_goodness_learn_from_their_own_loss():
     assert_close(after_step(trained, before), expected)
 
 
+@pytest.mark.parametrize("loss", ["classifier", "goodness"])
+def test_streamed_blocks_learn_the_same_and_are_away_when_not_at_work(loss):
+    (x, labels), start = batch(), cnn().state_dict()
+    found, away = [], []
+    for streamed in (False, True):
+        network = cnn()
+        network.load_state_dict(start)
+        local = BlockLocal(network, 10, loss=loss, streamed=streamed)
+        local._generator = torch.Generator().manual_seed(1)
+        torch.manual_seed(5)  # of the local classifiers
+        network[4].register_forward_hook(
+            lambda *_, n=network: away.append([p.numel() for p in (n[1].weight, n[8].weight)])
+        )
+        for _ in range(3):
+            losses = local.step(x, labels)
+        guesses = local.predict(x)
+        if streamed:
+            assert network[1].weight.numel() == network[8].weight.numel() == 0
+            assert away[-1] == [0, 0] != away[0]
+        state = {name: value.clone() for name, value in local.state_dict().items()}
+        found.append((losses, guesses, state))
+        local.load_state_dict({name: 2 * value for name, value in state.items()})
+        local.predict(x)
+        assert torch.equal(local.state_dict()["network.1.weight"], 2 * state["network.1.weight"])
+    (losses, guesses, state), (streamed_losses, streamed_guesses, streamed_state) = found
+    assert losses == streamed_losses and torch.equal(guesses, streamed_guesses)
+    assert list(state) == list(streamed_state)
+    assert all(torch.equal(state[name], streamed_state[name]) for name in state)
+
+
+def test_streamed_blocks_keep_what_they_share_and_refuse_micro_batches():
+    network = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)))
+    network[2][0].weight = network[0][0].weight
+    BlockLocal(network, streamed=True).step(torch.rand(4, 8), torch.arange(4))
+    sizes = [[p.numel() for p in block.parameters()] for block in network]
+    assert sizes == [[64, 0], [0, 0], [64, 0]]
+    with pytest.raises(ValueError, match="give micro_batches 1"):
+        BlockLocal(network, streamed=True, micro_batches=2)
+
+
 def test_what_goes_on_has_mean_square_one():
     seen = []
     network, (x, labels) = cnn(), batch()

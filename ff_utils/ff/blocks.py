@@ -5,6 +5,7 @@ block's pooled output (Mono-Forward, arXiv 2501.09238; AugLocal, arXiv 2402.1731
 on positive and negative samples (Hinton, arXiv 2212.13345). With one block, this is backprop.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from ff_utils.data import Dataset
 from ff_utils.ff.negatives import drop_pixels, random_negatives, with_label
 from ff_utils.ff.network import EVALUATION_ROWS, classification_error
 from ff_utils.optimizers import TORCH_OPTIMIZERS
-from ff_utils.utils import check_choice, check_number
+from ff_utils.utils import HOST, allocation_category, check_choice, check_number
 
 LOCAL_LOSSES = ("classifier", "goodness")
 IMAGE_LABELS = ("pixels", "waves")
@@ -158,6 +159,52 @@ def split_tensors(batch: object, parts: int, short: bool = False) -> list[tuple[
     return [*found[:2], found[-1]] if short and len(found) > 3 else found
 
 
+class _Waiting:
+    """A block's weights and optimizer state, which wait on the host while others are at work.
+
+    state_of: a parameter's optimizer state.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], state_of: Callable[[nn.Parameter], dict]):
+        self.parameters, self.state_of = parameters, state_of
+        self.host: dict[tuple[int, str], torch.Tensor] = {}
+        self.away = False
+
+    def leave(self) -> None:
+        """Copy the values to the host and free the device's tensors."""
+        if self.away:
+            return
+        for number, parameter in enumerate(self.parameters):
+            state = self.state_of(parameter)
+            held = {name: t for name, t in state.items() if torch.is_tensor(t) and t.dim()}
+            for name, tensor in {"weight": parameter.data, **held}.items():
+                place = (number, name)
+                if place not in self.host:
+                    with allocation_category(HOST):
+                        pinned = {"pin_memory": True} if tensor.is_cuda else {}
+                        self.host[place] = torch.empty_like(tensor, device="cpu", **pinned)
+                self.host[place].copy_(tensor)
+                self._put(number, name, tensor.new_empty(0))
+        self.away = True
+
+    def come(self) -> None:
+        """Copy the values back to the device."""
+        if not self.away:
+            return
+        for (number, name), kept in self.host.items():
+            category = "parameters" if name == "weight" else "optimizer_state"
+            with allocation_category(category):
+                tensor = torch.empty_like(kept, device=self.parameters[number].device)
+            self._put(number, name, tensor.copy_(kept))
+        self.away = False
+
+    def _put(self, number: int, name: str, tensor: torch.Tensor) -> None:
+        if name == "weight":
+            self.parameters[number].data = tensor
+        else:
+            self.state_of(self.parameters[number])[name] = tensor
+
+
 class _LastBlockDone(Exception):  # noqa: N818
     """Ends a forward pass after the last block."""
 
@@ -179,6 +226,8 @@ class BlockLocal(nn.Module):
     label "waves": a wave is added whose direction is the class's, so that every convolution sees
     the label (Scodellaro et al., arXiv 2312.14924); images are of `shape`, flat or not.
     Each parameter is updated, and its gradient freed, as soon as the gradient is complete.
+    streamed: weights, optimizer state and local classifier of a block are on the device only while
+    it is at work, and else on the host.
     blocks: as in `find_blocks`. network_loss: as in `task_loss`. short: as in `split_tensors`.
     """
 
@@ -196,10 +245,13 @@ class BlockLocal(nn.Module):
         label: str = "pixels",
         shape: tuple[int, ...] | None = None,
         micro_batches: int = 1,
+        streamed: bool = False,
         network_loss: Callable | None = None,
         short: bool = False,
     ) -> None:
         super().__init__()
+        if streamed and micro_batches > 1:
+            raise ValueError("a streamed block has no gradient to add to: give micro_batches 1.")
         check_choice("loss", loss, LOCAL_LOSSES)
         check_choice("optimizer", optimizer, TORCH_OPTIMIZERS)
         check_number("micro_batches", micro_batches, 1, whole=True)
@@ -210,9 +262,14 @@ class BlockLocal(nn.Module):
         self.label, self.shape, self.grid = label, shape, grid
         self.sharpness, self.network_loss = sharpness, network_loss
         self.micro_batches, self.short = micro_batches, short
-        self.blocks = [block.name for block in find_blocks(network, blocks)]
-        for name, block in zip(self.blocks, find_blocks(network, blocks), strict=True):
-            block.modules[-1].register_forward_hook(
+        found = find_blocks(network, blocks)
+        self.blocks = [block.name for block in found]
+        self.streamed = streamed
+        self._parameters_of, self._waiting = {}, {}
+        for name, modules, _ in found:
+            self._parameters_of[name] = [p for module in modules for p in module.parameters()]
+            modules[0].register_forward_pre_hook(lambda *_, name=name: self._come(name))
+            modules[-1].register_forward_hook(
                 lambda _, inputs, output, name=name: self._after_block(name, output)
             )
         self.classifiers = nn.ModuleDict()
@@ -253,11 +310,14 @@ class BlockLocal(nn.Module):
         if self.loss == "classifier":
             self._make_classifiers(logits, labels)
         self._ran = []
+        owners = {}
         for parameter in self.parameters():
             if parameter.requires_grad:
-                own = self._make_optimizer(parameter)
+                own = owners[parameter] = self._make_optimizer(parameter)
                 self.optimizers.append(own)
                 parameter.register_post_accumulate_grad_hook(lambda _, own=own: self._update(own))
+        if self.streamed:
+            self._stream(lambda p: owners[p].state[p] if p in owners else {})
 
     def _make_classifiers(self, logits: torch.Tensor, labels: torch.Tensor | None) -> None:
         shared = labels is not None and labels.dim() == 2
@@ -275,6 +335,27 @@ class BlockLocal(nn.Module):
                 like = next(self.network.parameters())
                 head = nn.Linear(width, classes, device=like.device, dtype=like.dtype)
                 self.classifiers[str(number)] = head
+
+    def _stream(self, state_of: Callable[[nn.Parameter], dict]) -> None:
+        """Send every block to the host; what several blocks or other modules hold stays."""
+        if len(self.classifiers) > 1:
+            for number, name in enumerate(self.blocks[:-1]):
+                self._parameters_of[name] += self.classifiers[str(number)].parameters()
+        holders = Counter(p for module in self.modules() for p in module._parameters.values())
+        for name, parameters in self._parameters_of.items():
+            own = [p for p in parameters if holders[p] == 1]
+            self._waiting[name] = _Waiting(own, state_of)
+            self._leave(name)
+        for hook in ("register_state_dict_pre_hook", "register_load_state_dict_pre_hook"):
+            getattr(self.network, hook)(lambda *_: [self._come(name) for name in self._waiting])
+
+    def _come(self, name: str) -> None:
+        if name in self._waiting:
+            self._waiting[name].come()
+
+    def _leave(self, name: str) -> None:
+        if name in self._waiting:
+            self._waiting[name].leave()
 
     def step(self, inputs: object, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """One update of every block from a batch; the losses by name, "loss" the network's own.
@@ -295,6 +376,7 @@ class BlockLocal(nn.Module):
                 (loss * share).backward()
                 self._losses["loss"] = loss.detach()
                 del loss
+                self._leave(self.blocks[-1])
             except _LastBlockDone:
                 pass
             finally:
@@ -311,6 +393,8 @@ class BlockLocal(nn.Module):
     def _after_block(self, name: str, output: object) -> object:
         """What goes on to the next block instead of `output`; None leaves it."""
         if self._mode is None:
+            if not torch.is_grad_enabled():
+                self._leave(name)
             return None
         leaves, structure = tree_flatten(output)
         position = next(i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf))
@@ -327,6 +411,7 @@ class BlockLocal(nn.Module):
             (loss * self._share).backward()
             self._losses[f"loss_{number + 1}"] = loss.detach()
             del loss
+        self._leave(name)
         y = y.detach()
         if self.loss == "goodness":
             squares = goodness_of(y)

@@ -35,7 +35,7 @@ class Remedies:
     parameter as soon as its gradient is complete, then free the gradient. offload: keep what
     autograd saves in host memory. micro_batches: parts of a batch. autocast: compute in bfloat16.
     chunked: compute the loss over large logits in chunks. local: train block by block, by
-    "classifier" or "goodness".
+    "classifier" or "goodness". streamed: of these, only the block at work is on the device.
     """
 
     checkpoint: bool = False
@@ -45,6 +45,7 @@ class Remedies:
     autocast: bool = False
     chunked: bool = False
     local: str = ""
+    streamed: bool = False
 
 
 PLAIN = Remedies()
@@ -64,6 +65,7 @@ CHOICES = {
     "all of these but bfloat16": Remedies(checkpoint=True, in_backward=True, offload=True, **MICRO),
     "block by block, classifiers": Remedies(local="classifier"),
     "block by block, classifiers, 8 micro-batches": Remedies(local="classifier", **MICRO),
+    "block by block, classifiers, streamed": Remedies(local="classifier", streamed=True),
     "block by block, goodness": Remedies(local="goodness"),
     "block by block, goodness, 8 micro-batches": Remedies(local="goodness", **MICRO),
 }
@@ -107,6 +109,7 @@ class TrainingStep:
                 blocks=blocks,
                 optimizer=optimizer,
                 micro_batches=remedies.micro_batches,
+                streamed=remedies.streamed,
                 network_loss=self.network_loss,
                 short=short,
             )
