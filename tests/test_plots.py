@@ -95,9 +95,9 @@ def test_names_of_points_cover_no_point_and_no_name():
 def test_scatter_fills_the_points_on_the_front():
     table = pd.DataFrame({"name": ["a", "b", "c"], "x": [1, 2, 3], "y": [3, 4, 1]})
     points = plots.scatter(table, "x", "y", "name", scale=2).axes[0].collections[0]
-    assert points.get_offsets().tolist() == [[1, 6], [2, 8], [3, 2]]
+    assert points.get_offsets().tolist() == [[2, 8], [1, 6], [3, 2]]  # filled ones above others
     white = [tuple(colour[:3]) == (1, 1, 1) for colour in points.get_facecolors()]
-    assert white == [False, True, False]
+    assert white == [True, False, False]
 
 
 def test_heat_map_shows_every_number_and_nothing_for_none():
@@ -169,7 +169,7 @@ def test_goodness_chart_counts_every_input_and_its_figure_shows_the_step_that_is
     assert [sum(counts) for counts in chart["positive"] + chart["negative"]] == [5] * 4
     assert chart["positive"][0] == chart["negative"][0] != chart["positive"][1]
     figure = plots.goodness_in_training(chart, "t", step=8)
-    assert titles(figure)[0] == "after 8 training steps"
+    assert titles(figure)[0] == "at training step 8"
     assert figure.axes[0].patches[0].get_data().values.tolist() == chart["positive"][1]
 
 
