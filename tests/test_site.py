@@ -14,9 +14,10 @@ import make_site
 import mathml
 import nbformat
 import pytest
+import torch
 from nbformat import v4
 
-from ff_utils import memory, utils
+from ff_utils import load_dataset, memory, utils
 from ff_utils.memory.formulas import FORMULAS
 from ff_utils.report import claims
 
@@ -145,6 +146,24 @@ def test_digit_chart_predicts_the_label_with_the_most_goodness(numbers):
     right = [digit["label"] for digit in numbers["digits"] if digit["label"] == digit["predicted"]]
     assert right == list(range(10))
     assert len(numbers["digits"]) > 10
+
+
+def test_drawn_digits_are_read_by_a_network_that_knows_digits(numbers):
+    """The chart's arithmetic, written out once more, on the rounded weights that the page has."""
+    network, data = numbers["network"], load_dataset("digits")
+    found = []
+    for label in range(10):
+        h, total = data.test_images.clone(), 0
+        h[:, :10] = 0
+        h[:, label] = network["scale"]
+        for layer in network["layers"]:
+            weight, bias = torch.tensor(layer["weight"]), torch.tensor(layer["bias"])
+            h = h / (h.square().mean(dim=1, keepdim=True).sqrt() + 1e-8)
+            h = torch.relu(h @ weight.t() + bias)
+            total = total + h.square().mean(dim=1)
+        found.append(total)
+    wrong = torch.stack(found).argmax(0) != data.test_labels
+    assert network["side"] ** 2 == data.pixels and wrong.float().mean() < 0.1
 
 
 def test_memory_chart_has_the_formula_at_every_size(numbers):

@@ -105,6 +105,63 @@
 
   // --- One digit, ten labels, each layer's goodness ---
 
+  // Goodness of every label in every layer, as the module computes it. pixels: rows from 0 to 1.
+  function labelGoodness({ layers, scale }, pixels) {
+    const normalised = (values) => {
+      const size = Math.sqrt(values.reduce((sum, value) => sum + value * value, 0) / values.length);
+      return values.map((value) => value / (size + 1e-8));
+    };
+    const found = layers.map(() => []);
+    for (let label = 0; label < 10; label++) {
+      let h = pixels.flat();
+      for (let i = 0; i < 10; i++) h[i] = i === label ? scale : 0;
+      layers.forEach(({ weight, bias }, number) => {
+        const x = normalised(h);
+        h = weight.map((row, j) => Math.max(0, row.reduce((sum, w, i) => sum + w * x[i], bias[j])));
+        found[number].push(h.reduce((sum, value) => sum + value * value, 0) / h.length);
+      });
+    }
+    return found;
+  }
+
+  // A field to draw on, four dots to a pixel's side; `changed` is called with the pixels.
+  function canvas(side, changed) {
+    const dots = 4 * side;
+    const board = element("canvas", {
+      width: 160, height: 160, tabindex: 0, "aria-label": "Draw a digit here with mouse or finger",
+    });
+    const context = board.getContext("2d");
+    let on = new Set();
+    const pixels = () => Array.from({ length: side }, (_, y) => Array.from({ length: side }, (_, x) => {
+      let count = 0;
+      for (let i = 0; i < 16; i++) count += on.has((4 * y + (i >> 2)) * dots + 4 * x + (i & 3));
+      return count / 16;
+    }));
+    const paint = (event) => {
+      if (!event.buttons) return;
+      event.preventDefault();
+      const box = board.getBoundingClientRect();
+      const x = ((event.clientX - box.left) / box.width) * dots;
+      const y = ((event.clientY - box.top) / box.height) * dots;
+      for (let row = 0; row < dots; row++) for (let column = 0; column < dots; column++) {
+        if (Math.hypot(column + 0.5 - x, row + 0.5 - y) > 1.7) continue;
+        on.add(row * dots + column);
+        context.fillRect((column * 160) / dots, (row * 160) / dots, 160 / dots, 160 / dots);
+      }
+      changed(pixels());
+    };
+    const clear = () => {
+      on = new Set();
+      context.fillStyle = "#000";
+      context.fillRect(0, 0, 160, 160);
+      context.fillStyle = "#fff";
+    };
+    board.addEventListener("pointerdown", paint);
+    board.addEventListener("pointermove", paint);
+    clear();
+    return { board, clear };
+  }
+
   function digits(place, data) {
     const image = element("div");
     const panels = element("div", { class: "panels" });
@@ -144,17 +201,30 @@
     function draw(chosen) {
       const { label, predicted, pixels, goodness: layers } = data[chosen];
       buttons.forEach((button, i) => button.setAttribute("aria-pressed", i === chosen));
-      const large = picture(pixels, 150);
-      large.setAttribute("aria-label", `A handwritten ${label}`);
-      image.replaceChildren(large);
+      show(pixels, layers, label);
+      image.firstChild.setAttribute("aria-label", `A handwritten ${label}`);
+      const right = predicted === label ? "which is right" : `but it is a ${label}`;
+      answer.textContent = `The network reads a ${predicted}, ${right}. ` +
+        "Below each bar is the label that was tried; the true one is bold.";
+    }
+
+    function drawn(pixels) {
+      buttons.forEach((button) => button.setAttribute("aria-pressed", false));
+      const layers = labelGoodness(window.chartData.network, pixels);
+      const sums = show(pixels, layers, -1);
+      image.firstChild.setAttribute("aria-label", "What you drew, in 8x8 pixels");
+      answer.textContent = `A smaller network reads a ${sums.indexOf(Math.max(...sums))}. ` +
+        "It knows digits that fill the field from top to bottom.";
+    }
+
+    function show(pixels, layers, label) {
+      image.replaceChildren(picture(pixels, 150));
       const sums = layers[0].map((_, i) => layers.reduce((sum, layer) => sum + layer[i], 0));
       panels.replaceChildren(
         ...layers.map((values, i) => bars(`layer ${i + 1}`, values, label)),
         bars("all layers", sums, label),
       );
-      const right = predicted === label ? "which is right" : `but it is a ${label}`;
-      answer.textContent = `The network reads a ${predicted}, ${right}. ` +
-        "Below each bar is the label that was tried; the true one is bold.";
+      return sums;
     }
 
     const buttons = data.map((digit, i) => {
@@ -166,7 +236,11 @@
       return button;
     });
     const choices = element("div", { class: "choices", role: "group", "aria-label": "Choose a digit" }, buttons);
-    place.append(choices, answer, element("div", { class: "digit" }, [image, panels]));
+    const { board, clear } = canvas(window.chartData.network.side, drawn);
+    const again = element("button", {}, ["clear"]);
+    again.addEventListener("click", () => { clear(); draw(0); });
+    const field = element("div", { class: "choices field" }, [board, element("p", {}, ["or draw one"]), again]);
+    place.append(choices, field, answer, element("div", { class: "digit" }, [image, panels]));
     draw(0);
   }
 

@@ -42,6 +42,34 @@ def live(show: Callable, name: str, alt: str, draw: Callable, **controls: Sequen
     display(ipywidgets.interactive(redraw, **sliders))
 
 
+def drawing(show_drawn: Callable[[torch.Tensor], Figure], shape: tuple[int, int]) -> None:
+    """In JupyterLab: a grid of pixels to switch on and off, and the figure that is made of them.
+
+    show_drawn: takes pixels (height, width), 0 or 1. Nothing where a notebook runs without a
+    reader.
+    """
+    if os.environ.get("FF_PROGRESS") == "plain":
+        return
+    import ipywidgets
+
+    small = ipywidgets.Layout(width="26px", height="26px", margin="1px")
+    pixels = [ipywidgets.ToggleButton(layout=small) for _ in range(shape[0] * shape[1])]
+    below = ipywidgets.Output()
+
+    def redraw(_: object) -> None:
+        values = torch.tensor([float(pixel.value) for pixel in pixels]).view(shape)
+        figure = show_drawn(values)
+        plt.close(figure)
+        below.clear_output(wait=True)
+        with below:
+            display(figure)
+
+    for pixel in pixels:
+        pixel.observe(redraw, "value")
+    rows = ipywidgets.Layout(grid_template_columns=f"repeat({shape[1]}, 28px)")
+    display(ipywidgets.VBox([ipywidgets.GridBox(pixels, layout=rows), below]))
+
+
 def goodness_chart(
     found: dict[int, tuple[torch.Tensor, torch.Tensor]], theta: float, bins: int = 40
 ) -> dict[str, object]:

@@ -389,7 +389,8 @@ def _image(axis: plt.Axes, row: torch.Tensor, shape: tuple[int, ...]) -> None:
 def label_goodness(digits: dict[str, dict], title: str, below: str, *, digit: str) -> Figure:
     """Two of `digits`, each a row: the image, and a bar a label for each layer and for all of them.
 
-    digits: by name, as `live.digits` gives them. digit: the one on top. below: the other one.
+    digits: by name, as `live.digits` gives them; a label of None is not known. digit: the one on
+    top. below: the other one.
     """
     layers = len(digits[digit]["goodness"])
     names = [f"layer {number}" for number in range(1, layers + 1)] + ["all layers"]
@@ -401,12 +402,15 @@ def label_goodness(digits: dict[str, dict], title: str, below: str, *, digit: st
         pixels = torch.tensor(shown["pixels"])
         _image(picture, pixels, tuple(pixels.shape))
         verdict = "right" if chosen == true else "wrong"
-        picture.set_title(f"true label {true}\nread as {chosen}: {verdict}", fontsize=NORMAL)
+        about = f"true label {true}\nread as {chosen}: {verdict}"
+        about = f"drawn,\nread as {chosen}" if true is None else about
+        picture.set_title(about, fontsize=NORMAL)
         found = np.array(shown["goodness"])
         for axis, values, heading in zip(charts, [*found, found.sum(0)], names, strict=True):
             drawn = axis.bar(range(len(values)), values, color=PALE_ORANGE, lw=0)
             drawn[int(values.argmax())].set_facecolor(ORANGE)
-            drawn[true].set(edgecolor="black", linewidth=1.5)
+            if true is not None:
+                drawn[true].set(edgecolor="black", linewidth=1.5)
             axis.set_title(heading, fontsize=NORMAL, weight="normal")
             axis.set_xticks(range(len(values)))
             axis.set_xlabel("label tried" if row else "")
