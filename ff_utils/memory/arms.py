@@ -190,7 +190,7 @@ _TABLE = (
     ),
     Arm(
         "backprop_seed",
-        "backprop (seed)",
+        "first study's backprop",
         "#9fc0dc",
         "The first study's backprop: normalisation layers, old gradients kept in the forward pass.",
         "backprop",
@@ -292,7 +292,7 @@ _TABLE = (
     ),
     Arm(
         "ff_seed",
-        "FF (seed)",
+        "first study's FF",
         "#ecb795",
         "The first study's network: autograd in each layer, the data set's activations cached.",
         "ff",
@@ -300,7 +300,7 @@ _TABLE = (
     ),
     Arm(
         "ff_seed_uncached",
-        "FF (seed), no cache",
+        "first study's FF, no cache",
         "#dba183",
         "The first study's FF with a batch where its whole data set was.",
         "ff",
@@ -309,7 +309,7 @@ _TABLE = (
     ),
     Arm(
         "ff_recurrent",
-        "recurrent FF (seed)",
+        "first study's recurrent FF",
         "#d8c08c",
         "The first study's recurrent network: layers that read above and below, for 8 time steps.",
         "ff_recurrent",
