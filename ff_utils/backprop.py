@@ -111,14 +111,15 @@ class LocalLinear(nn.Module):
 
     def __init__(self, fields: Fields, channels: int) -> None:
         super().__init__()
-        positions, seen = fields.seen.shape
+        positions, seen = fields.shape
         self.fields, bound = fields, 1 / math.sqrt(seen)
         self.weight = nn.Parameter(torch.empty(positions, channels, seen).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(positions * channels).uniform_(-bound, bound))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Weights of what lies beyond the edge count as zero."""
-        weight = self.weight.masked_fill(self.fields.seen[:, None] < 0, 0)
+        weight, beyond = self.weight, self.fields.beyond
+        weight = weight if beyond is None else weight.masked_fill(beyond, 0)
         return self.fields.product(weight, self.bias, self.fields.inputs(x)).t()
 
 

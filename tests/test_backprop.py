@@ -110,35 +110,32 @@ def test_cnn_halves_the_image_in_each_block_and_classifies_what_is_left():
             cnn(shape, 10, [4, 5])
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("gain", [4, 0])
-def test_local_network_is_a_masked_dense_one(gain, monkeypatch):
+def test_local_network_is_a_masked_dense_one(gain, padded, monkeypatch):
     monkeypatch.setattr(local, "SHARED_GAIN", gain)
-    network = local_mlp((2, 5, 6), 7, [(3, 1, 4), (3, 2, 5)], padded=True, seed=1).double()
-    first, second = network[0], network[2]
-    assert first.fields.overlap == second.fields.overlap == (gain == 0)
-    x = torch.rand(8, 60, dtype=torch.float64, requires_grad=True)
-    twin = x.detach().clone().requires_grad_()
-    dense, masks = [], []
-    for layer, grid in ((first, (5, 6)), (second, (3, 3))):
-        seen, channels = layer.fields.seen, layer.weight.shape[1]
-        assert len(seen) == grid[0] * grid[1]
-        whole = torch.zeros(len(seen), channels, 61 if layer is first else 121).double()
-        index = seen.where(seen >= 0, whole.shape[2] - 1)[:, None].expand(layer.weight.shape)
-        whole.scatter_(2, index, layer.weight.detach())
-        dense.append(whole[..., :-1].flatten(0, 1).clone().requires_grad_())
-        masks.append((seen >= 0)[:, None].expand(layer.weight.shape))
-    h = torch.relu(twin @ dense[0].t() + first.bias)
-    h = torch.relu(h @ dense[1].t() + second.bias)
+    network = local_mlp((2, 5, 6), 7, [(3, 1, 4), (3, 2, 5)], padded=padded, seed=1).double()
+    x = torch.rand(8, 60, dtype=torch.float64)
+    dense = nn.Sequential(*network)  # each local layer as a dense one, found by asking it
+    for number in (0, 2):
+        layer = network[number]
+        width = (60, len(network[0].bias))[number // 2]
+        assert layer.fields.overlap == (gain == 0)
+        dense[number] = nn.Linear(width, len(layer.bias)).double()
+        with torch.no_grad():
+            whole = layer(torch.eye(width).double()) - layer.bias
+            dense[number].weight.copy_(whole.t())
+            dense[number].bias.copy_(layer.bias)
     labels = torch.arange(8) % 7
-    expected = nn.functional.cross_entropy(network[4](h), labels)
-    loss = nn.functional.cross_entropy(network(x), labels)
-    torch.testing.assert_close(loss, expected)
-    torch.autograd.backward([loss, expected])
-    torch.testing.assert_close(x.grad, twin.grad)
-    for layer, whole, mask in zip((first, second), dense, masks, strict=True):
-        grad = whole.grad.view(*layer.weight.shape[:2], -1)
-        index = layer.fields.seen.clamp(min=0)[:, None].expand(layer.weight.shape)
-        torch.testing.assert_close(layer.weight.grad, grad.gather(2, index) * mask)
+    for one in (network, dense):
+        nn.functional.cross_entropy(one(x), labels).backward(inputs=list(one[0].parameters()))
+    torch.testing.assert_close(network(x), dense(x))
+    layer, mask = network[0], (dense[0].weight != 0).double()
+    torch.testing.assert_close(layer.bias.grad, dense[0].bias.grad)
+    found, expected = layer.weight.grad.sum((1, 2)), (dense[0].weight.grad * mask)
+    torch.testing.assert_close(found, expected.view(len(found), -1).sum(1))
+    unseen = layer.weight.grad[layer.fields.beyond.expand_as(layer.weight)] if padded else x[:0]
+    assert unseen.abs().sum() == 0
 
 
 def test_backprop_refuses_bad_settings():

@@ -43,6 +43,16 @@ def dense(layer):
     return weight
 
 
+def numbers_seen(fields):
+    """The inputs that each position sees (positions, seen), by asking the fields for them."""
+    every = torch.arange(fields.read.max() + 1).view(1, -1)
+    read = fields.inputs(every)[..., 0]
+    if not fields.overlap:
+        return read
+    read = read[:, None].expand(-1, fields.wide, -1)
+    return read.gather(2, fields.places[:, 0].expand(fields.high, -1, -1)).flatten(0, 1)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_unit_sees_its_field_of_all_channels_and_in_the_first_layer_the_label(shape, padded):
@@ -102,10 +112,10 @@ def test_step_has_autograds_gradient_of_a_masked_dense_layer(
     assert abs(found - value) < 1e-10
     assert (caught[1] - bias.grad).abs().max() < 1e-10
     # The dense gradient of the inputs that each position sees.
-    fields = layer.fields.seen.clamp(min=0)[:, None].expand(layer.weight.shape)
-    seen = weight.grad.view(*layer.weight.shape[:2], -1).gather(2, fields)
-    if layer.beyond is not None:
-        seen = seen.masked_fill(layer.beyond, 0)
+    whole = weight.grad.view(*layer.weight.shape[:2], -1)
+    seen = whole.gather(2, numbers_seen(layer.fields)[:, None].expand(layer.weight.shape))
+    if padded:
+        seen = seen.masked_fill(layer.fields.beyond, 0)
     assert (caught[0] - seen).abs().max() < 1e-10
     size = units.norm(dim=2, keepdim=True)
     size = size / units.shape[2] ** 0.5 if normalisation == "mean_square" else size
@@ -116,7 +126,8 @@ def test_weights_beyond_the_edge_are_never_learned():
     layer = make(padded=True).layers[0]
     for _ in range(3):
         layer.step(rows(layer), 6, 0.1, torch.zeros(layer.weight.numel(), dtype=torch.float64))
-    assert layer.beyond.any() and layer.weight.masked_select(layer.beyond).abs().max() == 0
+    beyond = layer.fields.beyond
+    assert beyond.any() and layer.weight.masked_select(beyond).abs().max() == 0
 
 
 @pytest.mark.parametrize("micro_batches", [2, 5])

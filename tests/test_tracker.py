@@ -81,7 +81,9 @@ def test_tracker_finds_the_buffers_of_a_network_by_itself():
     step = build("ff_local", Sizes(2, 50, 40))
     tracker = step.track()
     network = step.network
-    indices = [b for name, b in network.named_buffers() if name.endswith(("fields", "beyond"))]
+    indices = [
+        b for name, b in network.named_buffers() if name.endswith(("read", "beyond", "places"))
+    ]
     weights = sum(p.nbytes for p in network.parameters())
     assert indices and tracker.live["parameters"] == weights + sum(b.nbytes for b in indices)
     assert tracker.live["gradients"] == network.grad_buffer.nbytes

@@ -24,7 +24,8 @@ class Fields(nn.Module):
 
     grid: (height, width, units) numbers of the inputs; label: (classes,) numbers that every
     position sees too. field, stride, padded: as in `LocalForwardForward`.
-    seen: (positions, inputs seen), -1 beyond the edge. Where the fields of a row of positions
+    shape: positions and inputs seen by each; beyond: (positions, 1, inputs seen), which of them lie
+    beyond the edge, or None where nothing is padded. Where the fields of a row of positions
     overlap much, all of them read one copy of what the row sees: a larger product, most of whose
     weights are zero, is faster than a copy for each position.
     """
@@ -50,11 +51,14 @@ class Fields(nn.Module):
         places = places.unfold(0, field, stride).flatten(1)
         own_label = numbers[len(numbers) - len(label) :].expand(self.wide, -1)
         places = torch.cat([places, own_label], dim=1)[:, None]
+        self.shape = tuple(seen.shape)
         self.overlap = SHARED_GAIN * shared.shape[1] <= self.wide * seen.shape[1]
-        read = (shared if self.overlap else seen).clamp(min=0).flatten()
-        for name, tensor in {"seen": seen, "read": read, "places": places}.items():
-            self.register_buffer(name, tensor, persistent=False)
         self.groups = self.high if self.overlap else len(seen)
+        read = (shared if self.overlap else seen).clamp(min=0).flatten()
+        beyond = (seen < 0)[:, None] if padded else None
+        self.register_buffer("read", read, persistent=False)
+        self.register_buffer("beyond", beyond, persistent=False)
+        self.register_buffer("places", places if self.overlap else None, persistent=False)
 
     def inputs(self, h: torch.Tensor) -> torch.Tensor:
         """What each group of positions reads: (rows, in_features) -> (groups, read, rows)."""
@@ -108,15 +112,13 @@ class LocalFFLayer(FFLayer):
         config: LocalConfig = LocalConfig(),
         **kind: object,
     ) -> None:
-        positions, seen = fields.seen.shape
+        positions, seen = fields.shape
         shape = (positions, channels, seen)
         super().__init__(in_features, positions * channels, config, weight_shape=shape, **kind)
         self.groups = positions if config.local_goodness else 1
         self.fields = fields.to(self.weight.device)
-        beyond = (self.fields.seen < 0)[:, None] if config.padded else None
-        self.register_buffer("beyond", beyond, persistent=False)
-        if beyond is not None:
-            self.weight.masked_fill_(beyond, 0)
+        if self.fields.beyond is not None:
+            self.weight.masked_fill_(self.fields.beyond, 0)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """(rows, in_features) -> (rows, out_features)."""
@@ -145,8 +147,8 @@ class LocalFFLayer(FFLayer):
         row_scale = self.normalise_(y).view(self.groups, -1).mul_(slope.t()).mul_(2 / width)
         dz = (self._grouped(y) * row_scale[:, None]).view(self.out_features, -1)
         self.fields.add_gradient(dw, dz, inputs, beta=0.0 if part.first else 1.0)
-        if self.beyond is not None:
-            dw.masked_fill_(self.beyond, 0)
+        if self.fields.beyond is not None:
+            dw.masked_fill_(self.fields.beyond, 0)
         if part.first:
             db.zero_()
         db.add_(dz.sum(dim=1))
@@ -190,8 +192,8 @@ class LocalForwardForward(ForwardForward):
         self._plan, hidden, in_features = [], [], pixels + codes
         for seen, channels in fields_of(shape, fields, codes, padded=config.padded):
             make = partial(LocalFFLayer, seen, in_features, channels)
-            self._plan.append((make, seen.seen.numel() * channels))
-            in_features = len(seen.seen) * channels
+            self._plan.append((make, math.prod(seen.shape) * channels))
+            in_features = seen.shape[0] * channels
             hidden.append(in_features)
         super().__init__(pixels, classes, hidden, config, device=device, dtype=dtype)
         del self._plan  # its tables are in the layers now
