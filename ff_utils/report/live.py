@@ -42,11 +42,14 @@ def live(show: Callable, name: str, alt: str, draw: Callable, **controls: Sequen
     display(ipywidgets.interactive(redraw, **sliders))
 
 
-def drawing(show_drawn: Callable[[torch.Tensor], Figure], shape: tuple[int, int]) -> None:
+def drawing(
+    label_goodness: Callable, draw: Callable[..., Figure], digits: dict, shape: Sequence[int]
+) -> None:
     """In JupyterLab: a grid of pixels to switch on and off, and the figure that is made of them.
 
-    show_drawn: takes pixels (height, width), 0 or 1. Nothing where a notebook runs without a
-    reader.
+    label_goodness: of images (1, pixels), as networks have it. draw: as in `live`, called with
+    digit="drawn", the entry of `digits` that is made here, without a label. Nothing where a
+    notebook runs without a reader.
     """
     if os.environ.get("FF_PROGRESS") == "plain":
         return
@@ -57,8 +60,11 @@ def drawing(show_drawn: Callable[[torch.Tensor], Figure], shape: tuple[int, int]
     below = ipywidgets.Output()
 
     def redraw(_: object) -> None:
-        values = torch.tensor([float(pixel.value) for pixel in pixels]).view(shape)
-        figure = show_drawn(values)
+        values = torch.tensor([float(pixel.value) for pixel in pixels])
+        g = label_goodness(values.view(1, -1))[:, 0]
+        drawn = {"label": None, "predicted": int(g.sum(0).argmax()), "goodness": _rounded(g)}
+        digits["drawn"] = drawn | {"pixels": _rounded(values.view(*shape))}
+        figure = draw(digit="drawn")
         plt.close(figure)
         below.clear_output(wait=True)
         with below:
