@@ -359,10 +359,11 @@ def test_every_notebook_runs_in_smoke_and_make_rebuilds_only_what_changed(smoke)
     assert {p.name: p.read_bytes() for p in (smoke / "figures").glob("*")} == before
     assert "Nothing to be done" in make(smoke, "reproduce", "PROFILE=smoke").stdout
     every = sorted(path.stem for path in NOTEBOOKS)
+    trained = ["05_your_own_network", "06_every_form", "10_figures", "full_length"]
     rebuilt = {
         "notebooks/04_memory_profiling.ipynb": ["04_memory_profiling", "10_figures"],
         "notebooks/02_ff_training.ipynb": ["02_ff_training", "03_backprop_baseline", "10_figures"],
-        "notebooks/forms.yaml": ["05_your_own_network", "06_every_form", "10_figures", "full_length"],
+        "notebooks/forms.yaml": trained,
         "notebooks/profiles/smoke.yaml": every,
         "notebooks/profiles/paper.yaml": [],
         "ff_utils/ff/layers.py": every,
