@@ -42,7 +42,7 @@ CACHES = ("torchinductor_",)  # folders that every process of a library shares
 # Names of metrics that depend on time, and instruments that measure a whole process.
 TIMES = re.compile(
     r"second|busy|timeline|peak_bytes_resident|^ranks$|time_ratio|evaluation_ratio|fastest|slowest|"
-    r"per_1000|times_plain|speed_up|\(s\)"
+    r"per_1000|times_plain|speed_up|\(s\)|elapsed|in_turn|efficiency|memory_left|digests|verdicts"
 )
 PROCESS = ("rss", "cuda")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
