@@ -162,6 +162,27 @@ def test_label_goodness_frames_the_true_label_and_adds_the_layers_up(digits):
     assert [bar.get_height() for bar in figure.axes[3].patches] == [1, 4, 2]
 
 
+def test_digit_that_is_drawn_is_read_and_shown_without_a_true_label(digits, monkeypatch):
+    monkeypatch.delenv("FF_PROGRESS", raising=False)
+    shown, asked = [], []
+    monkeypatch.setattr(live, "display", shown.append)
+
+    def label_goodness(images):
+        asked.append(images)
+        return torch.tensor([[[0.0, 1, 2]], [[1.0, 3, 0]]])
+
+    def draw(digit):
+        return plots.label_goodness(digits, "t", "0", digit=digit)
+
+    live.drawing(label_goodness, draw, digits, (3, 3))
+    (box,) = shown
+    box.children[0].children[5].value = True
+    assert asked[0].tolist() == [[0, 0, 0, 0, 0, 1, 0, 0, 0]]
+    assert digits["drawn"]["pixels"] == [[0, 0, 0], [0, 0, 1], [0, 0, 0]]
+    assert titles(shown[1])[0] == "drawn,\nread as 1"
+    assert all(bar.get_linewidth() == 0 for bar in shown[1].axes[3].patches)
+
+
 def test_goodness_chart_counts_every_input_and_its_figure_shows_the_step_that_is_chosen():
     low, high = torch.full((5,), 0.5), torch.linspace(1, 2, 5)
     chart = live.goodness_chart({0: (low, low), 8: (high, low)}, theta=0.7, bins=4)

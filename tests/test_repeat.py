@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ff_utils.run import repeat
+from ff_utils.run import faults, repeat
 from ff_utils.run.faults import without_times
 
 
@@ -38,7 +38,7 @@ def test_two_runs_are_compared(errors, wrong, monkeypatch, capsys):
 
         return SimpleNamespace(folder=folder, run=write)
 
-    monkeypatch.setattr(repeat, "copy_checkout", lambda folder: None)
+    monkeypatch.setattr(faults, "copy_checkout", lambda folder: None)
     monkeypatch.setattr(repeat, "Trial", run)
     if wrong:
         with pytest.raises(SystemExit, match=f"error: {wrong} is 0.5 and 0.25"):

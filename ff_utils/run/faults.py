@@ -164,6 +164,23 @@ def copy_checkout(folder: Path) -> None:
     (folder / "environment" / "ready").touch()
 
 
+@contextmanager
+def workplace(prefix: str) -> Iterator[Path]:
+    """A temporary folder with a copy of this checkout in `checkout`. What still runs in it at the
+    end is killed, also when a signal ends the command; the folder goes unless `keep` is in it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, notebooks.end_quietly)
+    work = Path(tempfile.mkdtemp(prefix=prefix))
+    try:
+        copy_checkout(work / "checkout")
+        yield work
+    finally:
+        for one in running(str(work)):
+            one.kill()
+        if not (work / "keep").exists():
+            shutil.rmtree(work, ignore_errors=True)
+
+
 def write_images(folder: Path) -> None:
     """Some of the built-in digits as a folder of images."""
     from PIL import Image
@@ -470,11 +487,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     parameters = {"trials": options.trials, "seed": options.seed}
     run = records.Run("faults", "faults", parameters, file=utils.RESULTS / "faults.json")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, notebooks.end_quietly)
-    work, rows, whole = Path(tempfile.mkdtemp(prefix="faults-")), [], {}
-    try:
-        copy_checkout(work / "checkout")
+    rows, whole = [], {}
+    with workplace("faults-") as work:
         write_images(work / "checkout" / "images")
         for name, text in FILES.items():
             (work / "checkout" / name).write_text(text)
@@ -483,11 +497,8 @@ def main(arguments: list[str] | None = None) -> None:
             rows.append(row)
             outcome = "survived" if row["survived"] else f"NOT SURVIVED: {row['why']}"
             print(f"seed {seed}: {row['fault']}, {row['of']}: {row['what']}: {outcome}", flush=True)
-    finally:
-        for one in running(str(work)):
-            one.kill()
-        if all(row["survived"] for row in rows):
-            shutil.rmtree(work, ignore_errors=True)
+            if not row["survived"]:
+                (work / "keep").touch()
     table = pd.DataFrame(rows)
     print(table.groupby(["fault", "of"]).survived.agg(tried="count", survived="sum").to_string())
     print(f"{table.survived.sum()} of {len(table)} survived")

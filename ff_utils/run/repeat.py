@@ -5,11 +5,9 @@
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
-from ff_utils.run.faults import Command, Trial, copy_checkout, without_times
+from ff_utils.run.faults import Command, Trial, without_times, workplace
 
 SMOKE = Command("make -j2 VENV=environment reproduce PROFILE=smoke", "data/results/smoke")
 
@@ -28,12 +26,11 @@ def differences(one: object, other: object, place: str) -> Iterator[str]:
 
 def main() -> None:
     """Run the smoke profile twice; exits with every metric that differs, times apart."""
-    with tempfile.TemporaryDirectory(prefix="repeat-") as work:
-        copy_checkout(Path(work, "checkout"))
-        runs = []
+    runs = []
+    with workplace("repeat-") as work:
         for number in (1, 2):
             print(f"smoke profile in a fresh copy, {number} of 2", flush=True)
-            trial = Trial(Path(work, str(number)), Path(work, "checkout"))
+            trial = Trial(work / str(number), work / "checkout")
             if trial.run(SMOKE):
                 sys.exit(f"error: `{SMOKE.line}` fails: {trial.said[-1000:]}")
             paths = sorted((trial.folder / SMOKE.result).glob("*.json"))

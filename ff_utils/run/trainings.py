@@ -85,11 +85,11 @@ class Form:
         if config is None:
             kind = {"seed": seed, "device": device}
             if self.fields:
-                return network(
-                    local_mlp(data.shape, data.classes, self.fields, padded=True, **kind)
-                )
-            make, size = (cnn, data.shape) if self.channels else (mlp, data.pixels)
-            layers = make(size, data.classes, self.channels or self.hidden, **kind)
+                layers = local_mlp(data.shape, data.classes, self.fields, padded=True, **kind)
+            elif self.channels:
+                layers = cnn(data.shape, data.classes, self.channels, **kind)
+            else:
+                layers = mlp(data.pixels, data.classes, self.hidden, **kind)
             network = network(layers, **self.config)
             network.start_training(data, replace(self.train_config, seed=seed))
             return network
