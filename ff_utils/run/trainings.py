@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
+from itertools import count, takewhile
 from pathlib import Path
 
 import pandas as pd
@@ -296,15 +297,23 @@ def beside_the_paper() -> pd.DataFrame:
 
 
 def candidates(name: str) -> pd.DataFrame:
-    """A form and the candidates for it, seed 0: learning rate and validation error in %."""
-    rows = []
+    """A form and the candidates for it that have run: learning rate, validation (%), seeds.
+
+    validation (%): mean over the seeds, from 0 up, that all of them have been trained with.
+    """
+    tried = {}
     for other, form in forms().items():
-        run = plan(other)
-        if name in (other, form.candidate_for) and run.record.exists():
-            errors = run.read()["metrics"]["validation_errors"]
-            rate = form.train["learning_rate"]
-            rows.append({"learning rate": rate, "validation (%)": 100 * min(errors.values())})
-    return pd.DataFrame(rows).sort_values("learning rate")
+        if name in (other, form.candidate_for):
+            runs = takewhile(lambda run: run.record.exists(), (plan(other, k) for k in count()))
+            errors = [run.read()["metrics"]["validation_errors"].values() for run in runs]
+            tried[form.train["learning_rate"]] = [100 * min(found) for found in errors]
+    seeds = min((len(errors) for errors in tried.values() if errors), default=0)
+    rows = [
+        {"learning rate": rate, "validation (%)": sum(errors[:seeds]) / seeds, "seeds": seeds}
+        for rate, errors in sorted(tried.items())
+        if errors
+    ]
+    return pd.DataFrame(rows)
 
 
 def error_and_memory(names: list[str]) -> pd.DataFrame:
