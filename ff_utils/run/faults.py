@@ -55,14 +55,14 @@ metrics: {arm: "arms[].arm", error: "arms[].error", peak_bytes: "arms[].peak_byt
     # A scheduler and two workers of Dask, as a person starts them, and a sweep on them.
     "cluster.sh": """mkdir -p cluster; rm -f cluster/scheduler
 trap 'kill $cluster; sleep 2; kill -9 $cluster; wait' EXIT
+export DASK_TEMPORARY_DIRECTORY=cluster
 python="environment/bin/python -m"; quiet="--no-dashboard --host 127.0.0.1"
 $python distributed.cli.dask_scheduler $quiet --port 0 --scheduler-file cluster/scheduler &
 scheduler=$!; cluster=$scheduler
 until [ -s cluster/scheduler ]; do sleep 0.2; kill -0 $scheduler || exit 1; done
 address=$(sed -n 's/.*"address": "\\(.*\\)".*/\\1/p' cluster/scheduler | head -1)
 for worker in 1 2; do
-  $python distributed.cli.dask_worker $address $quiet --no-nanny --nthreads 1 --death-timeout 20 \
-    --local-directory cluster &
+  $python distributed.cli.dask_worker $address $quiet --no-nanny --nthreads 1 --death-timeout 20 &
   cluster="$cluster $!"
 done
 while kill -0 $scheduler; do
