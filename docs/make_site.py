@@ -266,24 +266,40 @@ A *sweep* runs one notebook at every point of a grid and gathers a table:
 
 
 def faults_page() -> str:
-    """The table of faults: commands that were killed or given damaged files."""
-    found = json.loads(FAULTS.read_text(encoding="utf-8"))
-    found = found.get("metrics", found) if isinstance(found, dict) else found
-    table = (
-        found if isinstance(found, list) else next(v for v in found.values() if isinstance(v, list))
-    )
-    names = list(table[0])
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for row in table:
-        cells = (str(row.get(name, "")).replace("|", "\\|").replace("\n", " ") for name in names)
-        lines.append(f"| {' | '.join(cells)} |")
+    """The trials of `make faults`: how many were survived, and each one."""
+    record = json.loads(FAULTS.read_text(encoding="utf-8"))
+    trials, made = record["metrics"]["trials"], record["provenance"]
+    counts: dict[tuple[str, str], list[int]] = {}
+    for trial in trials:
+        tried = counts.setdefault((trial["fault"], trial["of"]), [0, 0])
+        tried[0] += 1
+        tried[1] += trial["survived"]
+    summary = [
+        f"| {fault} | {of} | {tried} | {survived} |"
+        for (fault, of), (tried, survived) in sorted(counts.items())
+    ]
+    rows = [
+        f"| {t['seed']} | {t['fault']} | {t['of']} | {t['what'].replace('|', ' ')} | "
+        f"{'yes' if t['survived'] else t['why']} |"
+        for t in trials
+    ]
     return f"""# Faults
 
-Commands of this repository that were killed, given damaged files, or run twice, and then given
-again: how many ended with the result of an undisturbed run.
-`make faults` repeats the trials.
+Commands of this repository were killed at a random moment, ran out of disk, ran twice at once, or
+were given damaged files. Then each was given again. It survived if it ended with the numbers of an
+undisturbed run and left nothing behind: {sum(t["survived"] for t in trials)} of {len(trials)} did.
+`make faults` repeats the trials; a trial's seed decides all that is random in it. (Commit
+{made["commit"]}, {made["system"]}, {made["cores"]} cores.)
 
-{chr(10).join(lines)}
+| fault | of | tried | survived |
+|---|---|---|---|
+{chr(10).join(summary)}
+
+## Every trial
+
+| seed | fault | of | what was done | survived |
+|---|---|---|---|---|
+{chr(10).join(rows)}
 """
 
 
@@ -332,15 +348,14 @@ def pages(source: Path, folder: Path) -> Iterator[tuple[str, str | bytes]]:
         "profiles": profiles_page(),
         "sweeps": sweeps_page(),
         "api": api_page(),
+        "faults": faults_page(),
     }
-    if FAULTS.exists():
-        generated["faults"] = faults_page()
     for name, text in generated.items():
         yield f"docs/{name}.md", text
     for name in ("docs/reference.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         yield name, (utils.ROOT / name).read_text(encoding="utf-8")
     readme = (utils.ROOT / "README.md").read_text(encoding="utf-8")
-    yield "index.md", readme + contents(sorted(generated))
+    yield "index.md", readme + contents()
 
 
 def linked(name: str, text: str) -> Iterator[Path]:
@@ -351,12 +366,12 @@ def linked(name: str, text: str) -> Iterator[Path]:
             yield path
 
 
-def contents(generated: list[str]) -> str:
+def contents() -> str:
     """The table of contents, for the end of the first page."""
     groups = {
         "Notebooks": [f"notebooks/{path.stem}" for path in ORDER],
         "Try it": ["docs/charts"],
-        "Results": [f"docs/{name}" for name in ("ledger", "faults") if name in generated],
+        "Results": [f"docs/{name}" for name in ("ledger", "faults")],
         "Reference": [
             *(f"docs/{name}" for name in ("reference", "arms", "profiles", "sweeps", "api")),
             "CONTRIBUTING",

@@ -130,13 +130,15 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict:
         ) from error
 
 
-def check_same_run(path: Path, then: dict, now: dict) -> None:
+def check_same_run(
+    path: Path, then: dict, now: dict, remedy: str = "delete it or give another checkpoint"
+) -> None:
     """ValueError for the first setting of the run in `path` that is another one now."""
     for name in {**now, **then}:
         if then.get(name) != now.get(name):
             raise ValueError(
                 f"{relative(path)} is of a run whose {name} is {then.get(name)!r}, not "
-                f"{now.get(name)!r}: delete it or give another checkpoint."
+                f"{now.get(name)!r}: {remedy}."
             )
 
 

@@ -1,7 +1,5 @@
 import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +7,7 @@ import torch
 
 from ff_utils import utils
 from ff_utils.data import Dataset, is_downloaded, load_dataset
+from ff_utils.run.faults import copy_checkout
 
 torch.set_num_threads(1)  # tests' tensors are small: a second thread costs more than it saves
 
@@ -23,19 +22,7 @@ def data() -> Dataset:
 def clone(tmp_path_factory) -> Path:
     """The repository as a fresh clone has it, with this environment."""
     folder = tmp_path_factory.mktemp("clone") / "repository"
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=utils.ROOT, capture_output=True, text=True, check=True)
-    for name in filter(None, listed.stdout.split("\0")):
-        if (utils.ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(utils.ROOT / name, folder / name)
-    # An environment of the copy's own, whose packages are those of this one.
-    environment = folder / "environment" / "bin"
-    environment.mkdir(parents=True)
-    python = environment / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}" exec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
-    (folder / "environment" / "ready").touch()
+    copy_checkout(folder)
     return folder
 
 

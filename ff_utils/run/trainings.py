@@ -27,7 +27,7 @@ from ff_utils.ff.recurrent import RecurrentForwardForward
 from ff_utils.memory import CATEGORIES, track_step
 from ff_utils.report import accuracy, records
 from ff_utils.run.notebooks import read_yaml
-from ff_utils.training import fit, goodness_errors, load_state
+from ff_utils.training import check_same_run, fit, goodness_errors, load_state
 
 FOLDER = accuracy.FOLDER  # of the records, below data/results/, and of checkpoints, below build/
 NETWORKS = utils.DATA / "networks"
@@ -206,7 +206,7 @@ def train(
     form, parameters = run.form, run.form.parameters(seed, run.epochs)
     if run.record.exists():
         record = run.read()
-        _refuse_difference(run, record["parameters"], parameters)
+        check_same_run(run.record, record["parameters"], parameters, "delete it to train anew")
         return record
     chosen_by = plan(form.chosen_by).read()["metrics"] if form.chosen_by else None
     begun = records.Run(run.title, FOLDER, parameters, file=run.record)
@@ -253,15 +253,6 @@ def _note(network: nn.Module, data: Dataset) -> dict:
     if isinstance(network, ForwardForward) and network.config.label != "none":
         return {"goodness_error": goodness_errors(network, data)[-1]}
     return {}
-
-
-def _refuse_difference(run: Run, then: dict, now: dict) -> None:
-    for name in {**now, **then}:
-        if then.get(name) != now.get(name):
-            raise ValueError(
-                f"{utils.relative(run.record)} is of a run whose {name} is {then.get(name)!r}, not "
-                f"{now.get(name)!r}: delete it to train anew."
-            )
 
 
 def evaluate(name: str, seed: int = 0, epochs: int = 0, dataset: str = "") -> dict[str, float]:
