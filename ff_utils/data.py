@@ -74,6 +74,13 @@ MIRRORS = {
 TORCHVISION_FOLDERS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
 FOLDER = "folder:"  # what the name of a folder of images begins with
 SUFFIXES = (".png", ".jpg", ".jpeg")
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+)
 
 
 class DataNotFoundError(RuntimeError):
@@ -284,6 +291,8 @@ def image_folder(path: str | Path, seed: int = 0) -> Dataset:
     split = all(part.is_dir() for part in parts)
     files = [_images_by_class(part) for part in (parts if split else [folder])]
     classes = sorted(files[0])
+    if not split and len(classes) < 2 and parts[0].is_dir():
+        raise ValueError(f"{place} has train/ and no test/: give both, or the classes' folders.")
     if len(classes) < 2:
         raise ValueError(
             f"{place} has images of {len(classes)} classes: give at least two folders of PNG or "
@@ -302,6 +311,11 @@ def image_folder(path: str | Path, seed: int = 0) -> Dataset:
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         test, train = order.tensor_split([-(-len(labels) // 6)])
         arrays = [images[train], labels[train], images[test], labels[test]]
+        if missing := sorted(set(range(len(classes))) - set(labels[train].tolist())):
+            raise ValueError(
+                f"{place} has too few images of class {classes[missing[0]]}, all of which the test "
+                "set has drawn: add images, or make train/ and test/."
+            )
     data = _from_bytes(folder.name, tuple(arrays[0].shape[1:]), arrays, digest.hexdigest())
     return replace(data, classes=len(classes))
 
@@ -331,7 +345,7 @@ def _read_images(
                         raise ValueError("more than 8 bits a colour")
                     grey = image.mode in ("1", "L", "LA")
                     pixels = np.asarray(image.convert("L" if grey else "RGB"))
-            except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+            except UNREADABLE as error:
                 place = utils.relative(path)
                 raise ValueError(
                     f"{place} is no 8-bit PNG or JPEG that can be read: delete or replace it."

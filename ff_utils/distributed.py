@@ -89,6 +89,7 @@ class Settings:
         check_number("train_size", self.train_size, 0, whole=True)
         check_number("test_size", self.test_size, 0, whole=True)
         check_ints("hidden", self.hidden, 1)
+        check_number("seed", self.seed, 0, 2**63 - 1, whole=True)
         self.configs()
 
     def configs(self) -> tuple[FFConfig, TrainConfig]:
@@ -364,8 +365,8 @@ def train(settings: Settings, ranks: Ranks, checkpoint: Path | None = None) -> d
     shard = LayerShard(settings, ranks, data if first else sizes)
     if run["epoch"]:
         for number in shard.mine:
-            state = load_state(checkpoint / f"epoch-{run['epoch']}.layer-{number}", ranks.device)
-            shard.layers[number].load_state_dict(state)
+            path, layer = checkpoint / f"epoch-{run['epoch']}.layer-{number}", shard.layers[number]
+            layer.load_state_dict(load_state(path, ranks.device, tuple(layer.state_dict())))
         shard.generator.set_state(run["generator"])
     work = {"busy": None, "timeline": []}
     epochs = range(run["epoch"] + 1, settings.epochs + 1)
@@ -421,8 +422,10 @@ def _prepare(settings: Settings, ranks: Ranks, checkpoint: Path | None) -> tuple
     run = {"epoch": 0, "epochs": []}
     if checkpoint:
         checkpoint.mkdir(parents=True, exist_ok=True)
-        found = {int(path.stem.split("-")[1]): path for path in checkpoint.glob("epoch-*.run")}
-        run = load_state(found[max(found)]) if found else run
+        kept = [path for path in checkpoint.glob("epoch-*.run") if path.stem[6:].isdigit()]
+        if kept:
+            last = max(kept, key=lambda path: int(path.stem[6:]))
+            run = load_state(last, parts=("epoch", "epochs", "generator", "settings"))
         check_same_run(checkpoint, run.get("settings", given), given)
     return data.to(ranks.device), run | {"settings": given}
 
@@ -520,6 +523,10 @@ def main(arguments: list[str] | None = None) -> None:
         settings = Settings(**{f.name: getattr(given, f.name) for f in fields(Settings)})
         check_number("threads", given.threads, 1, whole=True)
         check_number("timeout", given.timeout, 0, 1e6, above=True)
+        if given.record and given.record.is_dir():
+            raise ValueError(f"--record is {given.record}, a folder: give a file.")
+        if given.checkpoint and given.checkpoint.exists() and not given.checkpoint.is_dir():
+            raise ValueError(f"--checkpoint is {given.checkpoint}, a file: give a folder.")
     except ValueError as error:
         parser.error(str(error))
     if dist.is_torchelastic_launched():

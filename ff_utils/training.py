@@ -90,7 +90,7 @@ class Checkpoint:
         """Take up the run that is in the file; its history, empty without a file."""
         if self.path is None or not self.path.exists():
             return []
-        state = load_state(self.path)
+        state = load_state(self.path, parts=("settings", "rows", "states", "generator"))
         check_same_run(self.path, json.loads(state["settings"]), json.loads(self.settings))
         for part, values in zip(self.parts, state["states"], strict=True):
             part.load_state_dict(values)
@@ -116,13 +116,17 @@ def save_state(state: dict, path: Path) -> None:
         ) from error
 
 
-def load_state(path: Path, device: torch.device | str = "cpu") -> dict:
-    """What `save_state` wrote; ValueError for a file that is missing, not whole or altered."""
+def load_state(path: Path, device: torch.device | str = "cpu", parts: tuple[str, ...] = ()) -> dict:
+    """What `save_state` wrote; ValueError for a file that is missing, not whole, altered, or
+    without one of the `parts` named."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at its checksums
             if archive.testzip():
                 raise OSError("a checksum differs")
-        return torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not state.keys() >= set(parts):
+            raise KeyError(parts)
+        return state
     except Exception as error:  # torch.load has many ways to say that a file is not whole
         raise ValueError(
             f"{relative(path)} is not a whole checkpoint: delete it, or empty its folder if that "

@@ -33,6 +33,8 @@ def user_path(text: str | os.PathLike) -> Path:
 
     A notebook's kernel works in another folder; the person's is then in FF_WORKING_DIR.
     """
+    if not str(text):
+        raise ValueError("a path is empty: give one.")
     try:
         return Path(os.environ.get("FF_WORKING_DIR", Path.cwd()), Path(text).expanduser())
     except RuntimeError as error:  # `~name` of nobody

@@ -98,7 +98,7 @@ def test_a_record_whose_code_has_changed_since_is_named(tmp_path, monkeypatch):
 
 
 def test_verify_prints_every_claim(simulated, capsys):
-    claims.main()
+    claims.main([])
     printed = capsys.readouterr().out
     assert all(claim.claim in printed for claim in claims.read())
 
@@ -115,7 +115,7 @@ def test_record_that_is_stale_is_an_error(simulated):
     simulated["seed_growth"] *= 2
     stale = "error: 04_memory_profiling's record says seed_growth is .* run `make publish`"
     with pytest.raises(SystemExit, match=stale):
-        claims.main()
+        claims.main([])
 
 
 @pytest.mark.parametrize(
@@ -138,6 +138,14 @@ def test_ledger_that_is_wrong_is_refused(change, message, default, tmp_path, mon
     claims.LEDGER.write_text(yaml.safe_dump([entry]))
     with pytest.raises(ValueError, match=message):
         claims.judge(default)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "a: b", "- 1"])
+def test_ledger_of_another_shape_is_one_sentence(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "LEDGER", tmp_path / "claims.yaml")
+    claims.LEDGER.write_text(text)
+    with pytest.raises(ValueError, match=r"claims.yaml(, claim 1: | is no list of claims)"):
+        claims.read()
 
 
 def test_metric_finds_items_rows_and_ratios():

@@ -110,12 +110,28 @@ def test_values_take_the_annotated_type(value, kind, result):
         (1.0, "int"),
         (1, "bool"),
         (1, "list[int]"),
+        (float("inf"), "float"),
         (["a"], "list[int]"),
     ],
 )
 def test_values_of_another_type_are_refused(value, kind):
     with pytest.raises(TypeError):
         notebooks.as_type(value, kind)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"cells": [5]}', "[" * 5000, "\xff"])
+def test_file_that_is_no_notebook_is_one_sentence(tmp_path, text):
+    path = tmp_path / "x.ipynb"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"x\.ipynb is no whole notebook") as info:
+        notebooks.read_notebook(path)
+    assert "\n" not in str(info.value)
+
+
+def test_notebook_is_never_its_own_output(house):
+    path = write(house)
+    with pytest.raises(ValueError, match="give another file"):
+        notebooks.execute(path, path, {})
 
 
 def test_parameters_are_read_as_people_write_them(house):

@@ -404,6 +404,9 @@ def test_bad_input_is_one_sentence():
         profile(network, x)
     with pytest.raises(ValueError, match="made outside the simulation"):
         profile(own_step()())
+    for blocks, sentence in ((["nosuch"], "'nosuch' is no module"), (["0", "0"], "given twice")):
+        with pytest.raises(ValueError, match=sentence):
+            compare.compare(cnn, blocks=blocks)
     with pytest.raises(ValueError, match="name its blocks"):
         profile(
             experts().__getitem__(0).router,

@@ -42,7 +42,7 @@ def test_two_runs_are_compared(errors, wrong, monkeypatch, capsys):
     monkeypatch.setattr(repeat, "Trial", run)
     if wrong:
         with pytest.raises(SystemExit, match=f"error: {wrong} is 0.5 and 0.25"):
-            repeat.main()
+            repeat.main([])
     else:
-        repeat.main()
+        repeat.main([])
         assert "the metrics of 1 records are the same" in capsys.readouterr().out

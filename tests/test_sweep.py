@@ -130,6 +130,10 @@ def written(folder):
         ({"points": []}, r"points is \[\]; give a list of mappings"),
         ({"points": [3]}, "an entry of points is 3; give a mapping"),
         ({"seeds": 0}, "seeds is 0; give a whole number"),
+        ({"seeds": 10**12}, "seeds is 1000000000000; .* at most 10000"),
+        ({"grid": {"x": {"range": [0, 1e12, 1]}}}, "has 1,000,000,000,001 points; give at most"),
+        ({"grid": {"size": list(range(200))}, "seeds": 200}, "it has 40,000 points"),
+        ({"grid": {"x": [float("inf")]}}, "01_tiny wants float"),
         ({"seeds": ["a"]}, "seed is 'a'; 01_tiny wants int"),
         ({"seeds": 1, "alone": "yes"}, "alone is 'yes'; give true or false"),
         ({"seeds": 1, "metrics": ["y"]}, "give a mapping of names to values"),
@@ -224,7 +228,8 @@ def test_table_has_a_row_for_an_element_of_a_list_in_the_record(here):
     trial = loaded(here, grid={"x": [1, 2]}, metrics=metrics)
     rows = [{"name": "a", "length": 0}, {"name": "b", "length": 2}]
     metrics = {"rows": rows, "deep": {"z": 4}, "names": ["q", "r"]}
-    keep(trial.points[0], {"notebook": "01_tiny", "metrics": metrics})
+    made = {"commit": "c"}
+    keep(trial.points[0], {"notebook": "01_tiny", "metrics": metrics, "provenance": made})
     table = sweep.write_table(trial)
     assert list(table.name[:2]) == ["a", "b"] and list(table.length[:2]) == [0, 2]
     assert list(table.z[:2]) == [4, 4] and list(table["last"][:2]) == ["r", "r"]
@@ -358,6 +363,9 @@ def test_scheduler_that_does_not_answer_is_one_sentence(here):
 
 def test_folder_of_another_sweep_is_refused(here):
     trial = loaded(here, seeds=1)
+    (here / "trial.yaml").write_text((here / "notebooks/sweeps/trial.yaml").read_text())
+    with pytest.raises(ValueError, match=r"trial.yaml has the name of .*: rename it"):
+        sweep.run(sweep.load(here / "trial.yaml"), 1)
     trial.folder.mkdir(parents=True)
     (trial.folder / "mine.txt").write_text("precious")
     with pytest.raises(ValueError, match="holds files, but of no sweep"):

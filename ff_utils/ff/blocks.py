@@ -46,6 +46,8 @@ def find_blocks(network: nn.Module, names: Sequence[str] | None = None) -> list[
         known = dict(network.named_modules())
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"blocks: {unknown[0]!r} is no module of {type(network).__name__}.")
+        if len(set(names)) < len(names):
+            raise ValueError("blocks: a name is given twice.")
         return [Block(name, [known[name]], _parent(network, name)) for name in names]
     blocks = list(_outermost_blocks(network, ""))
     if len(blocks) < 2:

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ff_utils.ff.blocks import find_blocks
 from ff_utils.memory import pictures
 from ff_utils.memory.measure import finish
 from ff_utils.memory.profile import Profile, StepTracker, profile, watch
@@ -47,7 +48,7 @@ def compare(
     budget fits and largest_batch. A builder of a step gives one row.
     """
     kind = {"blocks": blocks, "optimizer": optimizer}
-    choices = choices_for(builder, rows)
+    choices = choices_for(builder, rows, blocks)
     if only:
         choices = {n: c for n, c in choices.items() if c[0] == PLAIN or n in only}
     flops: dict[Remedies, int | None] = {}
@@ -99,7 +100,9 @@ def measure_choices(
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     slow = device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     table = []
-    for choice, (remedies, note) in track(list(choices_for(builder, rows).items()), "choice"):
+    for choice, (remedies, note) in track(
+        list(choices_for(builder, rows, blocks).items()), "choice"
+    ):
         if slow and remedies.autocast:
             note = "this CPU has no arithmetic in bfloat16: a step would take minutes"
         table.append({"choice": choice, "device": name, "note": note})
@@ -156,9 +159,11 @@ def _numbers(found: Profile) -> dict[str, object]:
 
 
 def choices_for(
-    builder: Callable[..., object], rows: int | None
+    builder: Callable[..., object], rows: int | None, blocks: list[str] | None = None
 ) -> dict[str, tuple[Remedies, str]]:
     """The choices for a network, each with why it is none (empty if it is one).
+
+    ValueError for `blocks` that it does not have.
 
     Where the logits are large, all but "as it is" compute the loss in chunks.
     """
@@ -167,6 +172,8 @@ def choices_for(
     if not isinstance(built, tuple):
         return {"as it is": (PLAIN, "")}
     module, batch, loss = built
+    if blocks:
+        find_blocks(module, blocks)
     samples = next(len(leaf) for leaf in tree_leaves(batch) if torch.is_tensor(leaf))
     chunks = large_head(module) is not None and loss is None and not isinstance(batch[0], dict)
     found = {}
@@ -265,6 +272,9 @@ def main(arguments: list[str] | None = None) -> None:
         builder = load_builder(options.network)
         if options.batch is not None and options.batch < 1:
             raise ValueError(f"--batch is {options.batch}: it must be at least 1.")
+        for path in filter(None, (options.timeline, options.snapshot)):
+            if not user_path(path).parent.is_dir() or user_path(path).is_dir():
+                raise ValueError(f"{path} can't be written: give a file in a folder that exists.")
         if options.measure:
             _print_measured(options)
             return

@@ -360,7 +360,8 @@ def watch(
         if not tracker.trains:
             raise ValueError(
                 "this step trains nothing: it makes no gradient of any parameter and has no "
-                "optimizer; let it run loss.backward() and optimizer.step()."
+                "optimizer; let it run loss.backward() and optimizer.step(). A builder returns "
+                "(module, batch), (module, batch, loss) or a step."
             )
         result = Profile(
             instrument="simulated" if tracker.simulated else "tracked",

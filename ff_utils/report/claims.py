@@ -4,6 +4,7 @@
 default profile's records and those of full-length trainings; a verdict that changed is an error.
 """
 
+import argparse
 import json
 import re
 import shutil
@@ -71,13 +72,15 @@ class Claim:
 
 def read() -> list[Claim]:
     """The ledger's claims; ValueError with the number of an entry that is not as it should be."""
-    claims = []
-    for number, entry in enumerate(yaml.safe_load(LEDGER.read_text(encoding="utf-8")), start=1):
+    claims, place = [], utils.relative(LEDGER)
+    entries = yaml.safe_load(LEDGER.read_text(encoding="utf-8"))
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{place} is no list of claims: fetch it again.")
+    for number, entry in enumerate(entries, start=1):
         try:
             claims.append(Claim(**entry))
         except (TypeError, ValueError) as error:
-            reason = str(error).removeprefix("Claim.__init__() ")
-            place = utils.relative(LEDGER)
+            reason = re.sub(r"^\S*Claim(\.__init__)?\(\) ", "", str(error))
             raise ValueError(f"{place}, claim {number}: {reason}") from error
     return claims
 
@@ -254,8 +257,10 @@ def fill_readme() -> None:
     utils.write_text(README, with_numbers(README.read_text(encoding="utf-8")))
 
 
-def main() -> None:
-    """Verify; exits with a sentence for everything that is wrong."""
+def main(arguments: list[str] | None = None) -> None:
+    """Judge every claim of the ledger against the records."""
+    parser = argparse.ArgumentParser(prog="python -m ff_utils verify", description=main.__doc__)
+    parser.parse_args(arguments)
     try:
         wrong = verify()
     except (ValueError, yaml.YAMLError) as error:

@@ -11,6 +11,7 @@ import argparse
 import ast
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -76,6 +77,17 @@ def read_yaml(text: str, place: str) -> object:
         raise ValueError(f"{place} is not YAML: {' '.join(str(error).split())}") from error
 
 
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """A notebook's cells; ValueError for a file that is no notebook."""
+    try:
+        return nbformat.read(path, 4)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # nbformat has many ways to say so
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{utils.relative(path)} is no whole notebook: {reason}") from error
+
+
 def parameters(notebook: Path) -> dict[str, tuple[str, object]]:
     """Type and default of each parameter of a notebook, from its cell tagged `parameters`.
 
@@ -85,7 +97,7 @@ def parameters(notebook: Path) -> dict[str, tuple[str, object]]:
     import papermill
 
     place = utils.relative(notebook)
-    cells = nbformat.read(notebook, 4).cells
+    cells = read_notebook(notebook).cells
     tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     if len(tagged) != 1:
         raise ValueError(f"{place} has {len(tagged)} cells tagged `parameters`; it needs one.")
@@ -133,6 +145,8 @@ def as_type(value: object, kind: str) -> object:
         return [as_type(item, listed[1]) for item in value]
     if kind == "float" and type(value) is int:
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise TypeError
     types = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
     if kind in types and type(value) is not types[kind]:
         raise TypeError
@@ -201,6 +215,8 @@ def execute(
             command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
             return KernelSpec(argv=command, language="python", env=_environment(environment))
 
+    if output.resolve() == notebook.resolve():
+        raise ValueError(f"--output is {utils.relative(output)}, the notebook: give another file.")
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.ipynb")
@@ -340,7 +356,7 @@ def end_quietly(number: int, _: object) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; a failure is one sentence and a non-zero exit."""
-    parser = argparse.ArgumentParser(prog="python -m ff_utils.pipeline")
+    parser = argparse.ArgumentParser(prog="python -m ff_utils")
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("run", "html"):
         command = commands.add_parser(name)

@@ -8,7 +8,6 @@ import sys
 from html import escape
 from pathlib import Path
 
-import nbformat
 from jinja2 import pass_context
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
@@ -20,6 +19,7 @@ from nbconvert.filters.markdown_mistune import (
 )
 
 from ff_utils import utils
+from ff_utils.run.notebooks import read_notebook
 
 
 class _Blocks(MathBlockParser):
@@ -81,7 +81,7 @@ class _Exporter(HTMLExporter):
 
 def render(notebook: Path, output: Path) -> None:
     """Render an executed notebook as one HTML file."""
-    cells = nbformat.read(notebook, 4)
+    cells = read_notebook(notebook)
     cells.metadata["title"] = notebook.stem.replace("_", " ")
     for number, cell in enumerate(cells.cells, start=1):
         cell.metadata["number"] = number

@@ -3,6 +3,7 @@
 `python -m ff_utils repeat`, with which `make verify` ends. It takes about ten minutes.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -24,8 +25,10 @@ def differences(one: object, other: object, place: str) -> Iterator[str]:
         yield f"{place} is {one!r} and {other!r}"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run the smoke profile twice; exits with every metric that differs, times apart."""
+    parser = argparse.ArgumentParser(prog="python -m ff_utils repeat", description=main.__doc__)
+    parser.parse_args(arguments)
     runs = []
     with workplace("repeat-") as work:
         for number in (1, 2):

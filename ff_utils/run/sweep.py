@@ -69,6 +69,7 @@ COLUMNS = ("status", "reason", "wall_seconds", "notebook", "point")
 PROVENANCE = ("commit", "torch", "device", "threads")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 SECONDS_TO_ANSWER = 3
+MOST_POINTS = 10_000
 
 _stopped: set[str] = set()  # keys of the points that `stop` ended
 
@@ -97,8 +98,10 @@ class Point:
 
     def record(self) -> dict | None:
         """The record, or None where there is no whole one of this notebook."""
-        record = _read(self.file(".json"))
-        return record if record and record.get("notebook") == self.notebook.stem else None
+        record = _read(self.file(".json")) or {}
+        parts = [record.get(part) for part in ("metrics", "provenance")]
+        whole = all(isinstance(part, dict) and part for part in parts)
+        return record if whole and record.get("notebook") == self.notebook.stem else None
 
     def status(self) -> tuple[str, dict]:
         """What has become of it, with its record or the reason of its failure."""
@@ -245,8 +248,9 @@ def resolve(name: str, spec: dict, file: str) -> Sweep:
     if "profile" in spec:
         values |= notebooks.profile_values(spec["profile"], path.stem)
     fixed = _mapping("fixed", spec.get("fixed", {}))
-    code, points = code_digest(path), {}
-    for parts in itertools.product(*_axes(spec, kinds)):
+    code, points, axes = code_digest(path), {}, _axes(spec, kinds)
+    _check_count("it", math.prod(map(len, axes)))
+    for parts in itertools.product(*axes):
         names = Counter(name for part in (fixed, *parts) for name in part)
         if twice := [name for name, count in names.items() if count > 1]:
             raise ValueError(f"{twice[0]} is set twice, by fixed, points, grid or seeds; keep one.")
@@ -281,7 +285,7 @@ def _axes(spec: dict, kinds: dict) -> list[list[dict]]:
     if "seeds" in spec:
         seeds = spec["seeds"]
         if not isinstance(seeds, list):
-            utils.check_number("seeds", seeds, 1, whole=True)
+            utils.check_number("seeds", seeds, 1, MOST_POINTS, whole=True)
             seeds = list(range(seeds))
         axes.append([{"seed": seed} for seed in _axis("seeds", seeds, True)])
     if not axes:
@@ -310,6 +314,7 @@ def _range(name: str, first: float, last: float, step: float, whole: bool) -> li
     if step == 0 or (last - first) / step < 0 or not math.isfinite(last - first):
         raise ValueError(f"the range of {name} never comes from {first} to {last}; mend its step.")
     count = math.floor((last - first) / step + 1e-9) + 1
+    _check_count(f"the range of {name}", count)
     return [first + k * step if whole else float(f"{first + k * step:.12g}") for k in range(count)]
 
 
@@ -317,9 +322,14 @@ def _log_range(name: str, first: float, last: float, count: int, whole: bool) ->
     """`count` numbers from `first` to `last`, evenly spaced as factors, to three digits."""
     for end in (first, last):
         utils.check_number(f"log_range of {name}", end, 0, above=True)
-    utils.check_number(f"count in the log_range of {name}", count, 2, whole=True)
+    utils.check_number(f"count in the log_range of {name}", count, 2, MOST_POINTS, whole=True)
     values = [first * (last / first) ** (k / (count - 1)) for k in range(count)]
     return [round(value) if whole else float(f"{value:.3g}") for value in values]
+
+
+def _check_count(what: str, count: int) -> None:
+    if count > MOST_POINTS:
+        raise ValueError(f"{what} has {count:,} points; give at most {MOST_POINTS:,}.")
 
 
 def _mapping(what: str, value: object) -> dict:
@@ -475,7 +485,12 @@ def run(sweep: Sweep, jobs: int, scheduler: str | None = None, retry_failed: boo
 
 
 def refuse_foreign_folder(sweep: Sweep) -> None:
-    """ValueError where a sweep's folder holds files of something else."""
+    """ValueError where a sweep's folder holds files of something else, or its table is ours."""
+    ours = utils.NOTEBOOKS / "sweeps" / f"{sweep.name}.yaml"
+    if ours.exists() and utils.relative(ours) != sweep.file:
+        raise ValueError(
+            f"{sweep.file} has the name of {utils.relative(ours)}, whose table is kept: rename it."
+        )
     if not sweep.folder.exists() or not any(sweep.folder.iterdir()):
         return
     place = utils.relative(sweep.folder)
