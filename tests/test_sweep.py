@@ -255,7 +255,8 @@ def test_dry_run_lists_the_points_and_runs_none(here, capsys):
     trial = loaded(here, grid={"x": [1, 2]}, seeds=2)
     sweep.dry_run(trial, 2)
     assert "4 points, 0 done, 0 failed, 4 to do; how long" in capsys.readouterr().out
-    keep(trial.points[1], {"notebook": "01_tiny", "metrics": {}, "seconds": 30.0})
+    record = {"notebook": "01_tiny", "metrics": {"y": 1}, "provenance": {"commit": "c"}}
+    keep(trial.points[1], record | {"seconds": 30.0})
     sweep.dry_run(trial, 2)
     said = capsys.readouterr().out
     assert f"done    {trial.points[1].key}  x=1.0 seed=1" in said
