@@ -412,7 +412,6 @@ def test_folder_of_images_that_is_wrong_is_one_sentence(no_network, tmp_path):
     write_images(folder, ["only"])
     refused("pictures has images of 1 classes")
     write_images(folder, ["few"], count=1)
-    write_images(folder, ["only"], count=1)
     shutil.rmtree(folder / "only")
     write_images(folder, ["only"], count=1)
     refused("pictures has too few images of class")

@@ -5,7 +5,7 @@ import pytest
 from ff_utils.run import faults
 from ff_utils.run.faults import FAULTS, Command, run_trial
 
-JOB = """import json, os, sys, time
+JOB = """import json, sys, time
 from pathlib import Path
 if Path("in.txt").read_text() != "whole":
     sys.exit("error: in.txt is not whole: fetch it again.")
