@@ -73,7 +73,7 @@ MIRRORS = {
 }
 TORCHVISION_FOLDERS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
 FOLDER = "folder:"  # what the name of a folder of images begins with
-SUFFIXES = (".png", ".jpg", ".jpeg")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 UNREADABLE = (
     OSError,
     SyntaxError,
@@ -278,15 +278,18 @@ def _cifar10() -> Dataset:
 
 
 def image_folder(path: str | Path, seed: int = 0) -> Dataset:
-    """A folder of PNG or JPEG images with one sub-folder a class, as torchvision's `ImageFolder`.
+    """A folder of images with one sub-folder a class, as torchvision's `ImageFolder`.
 
     If it has the folders `train` and `test`, each has the classes' folders; else a sixth of the
     images, drawn by `seed`, is the test set. Classes are numbered in their names' order. Images
     are grey if all are, else in colour. The data set has the folder's name. ValueError for a
     folder without images or with one class, images of several sizes or that cannot be read.
+    Suffixes of images are in `SUFFIXES`; of a moving one the first picture is read.
     """
     folder = utils.user_path(path)
     place = utils.relative(folder)
+    if folder in (Path.home(), Path(folder.anchor)):
+        raise ValueError(f"{place} is no folder of images: give one, as in {FOLDER}~/flowers.")
     parts = [folder / part for part in ("train", "test")]
     split = all(part.is_dir() for part in parts)
     files = [_images_by_class(part) for part in (parts if split else [folder])]
@@ -295,8 +298,8 @@ def image_folder(path: str | Path, seed: int = 0) -> Dataset:
         raise ValueError(f"{place} has train/ and no test/: give both, or the classes' folders.")
     if len(classes) < 2:
         raise ValueError(
-            f"{place} has images of {len(classes)} classes: give at least two folders of PNG or "
-            "JPEG images, one a class, or such folders in train/ and test/."
+            f"{place} has images of {len(classes)} classes: give at least two folders of images, "
+            "one a class, or such folders in train/ and test/."
         )
     if split and (unknown := sorted(set(classes) ^ set(files[1]))):
         raise ValueError(f"{place} has the class {unknown[0]} in train/ or in test/ only.")
@@ -348,7 +351,7 @@ def _read_images(
             except UNREADABLE as error:
                 place = utils.relative(path)
                 raise ValueError(
-                    f"{place} is no 8-bit PNG or JPEG that can be read: delete or replace it."
+                    f"{place} is no 8-bit image that can be read: delete or replace it."
                 ) from error
             if images and pixels.shape[:2] != images[0].shape[:2]:
                 (height, width), (tall, wide) = images[0].shape[:2], pixels.shape[:2]

@@ -399,6 +399,18 @@ def test_folder_of_images_without_a_test_part_is_split_by_seed(tmp_path):
     assert len(torch.cat([loaded.train_images, loaded.test_images]).unique(dim=0)) == 19
 
 
+@pytest.mark.parametrize("ending", ["gif", "webp", "bmp", "tiff"])
+def test_images_of_other_types_are_read(tmp_path, ending):
+    written = write_images(tmp_path, ["a", "b"], ending=ending)
+    loaded = data.image_folder(tmp_path)
+    assert (len(loaded.train_labels), len(loaded.test_labels)) == (10, 2)
+    if ending != "webp":  # which loses some detail
+        images = torch.cat([loaded.train_images, loaded.test_images])
+        images = images.view(12, -1, 20)[:, 0]  # a GIF is read in colour
+        found = sorted(images.mul(255).round().long().tolist())
+        assert found == sorted(pixels.flatten().tolist() for pixels in written.values())
+
+
 def test_folder_of_images_that_is_wrong_is_one_sentence(no_network, tmp_path):
     def refused(sentence):
         with pytest.raises(ValueError, match=sentence) as info:
@@ -408,7 +420,7 @@ def test_folder_of_images_that_is_wrong_is_one_sentence(no_network, tmp_path):
     folder = tmp_path / "pictures"
     refused("pictures is no folder: give one that exists")
     folder.mkdir()
-    refused("pictures has images of 0 classes: give at least two folders of PNG or JPEG images")
+    refused("pictures has images of 0 classes: give at least two folders of images")
     write_images(folder, ["only"])
     refused("pictures has images of 1 classes")
     write_images(folder, ["few"], count=1)
@@ -424,12 +436,15 @@ def test_folder_of_images_that_is_wrong_is_one_sentence(no_network, tmp_path):
     whole = (folder / "other" / "3.png").read_bytes()
     for damaged in (b"", b"text", whole[: len(whole) // 2], whole[:12] + bytes(len(whole) - 12)):
         (folder / "other" / "3.png").write_bytes(damaged)
-        refused(r"other/3.png is no 8-bit PNG or JPEG that can be read: delete or replace it")
+        refused(r"other/3.png is no 8-bit image that can be read: delete or replace it")
     Image.fromarray(np.full((4, 5), 1000, np.uint16)).save(folder / "other" / "3.png")
-    refused("other/3.png is no 8-bit PNG")
+    refused("other/3.png is no 8-bit image")
     shutil.rmtree(folder)
     write_images(folder / "train", ["a", "b"])
     refused("pictures has train/ and no test/")
+    for place in ("~", "/"):
+        with pytest.raises(ValueError, match="is no folder of images: give one"):
+            data.load_dataset(f"folder:{place}")
     write_images(folder / "test", ["a"])
     refused("pictures has the class b in train/ or in test/ only")
     write_images(folder / "test", ["a", "b"], mode="RGB")

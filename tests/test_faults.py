@@ -22,17 +22,17 @@ COUNTING = "json.loads(record.read_text())['metrics']['number'] + 1 if record.ex
 
 @pytest.fixture
 def trial(tmp_path, monkeypatch):
-    """Run the trial of a fault; number: what the job computes."""
+    """Run the trial of a fault; number: what the job computes. turn: how many had that fault."""
 
-    def run(fault, number="1"):
+    def run(fault, number="1", turn=0):
         checkout = tmp_path / "checkout"
         (checkout / "data").mkdir(parents=True)
         (checkout / "job.py").write_text(JOB.replace("NUMBER", number))
         (checkout / "in.txt").write_text("whole")
         job = Command("python3 job.py", "build/record.json", ("in.txt",), inputs=True)
-        monkeypatch.setattr(faults, "COMMANDS", {"job": job})
+        monkeypatch.setattr(faults, "COMMANDS", {"job": job, "another": job})
         monkeypatch.setattr(faults, "DAMAGED", {"in.txt": job})
-        return run_trial(FAULTS.index(fault), tmp_path, {})
+        return run_trial(FAULTS.index(fault) + turn * len(FAULTS), tmp_path, {})
 
     return run
 
@@ -51,3 +51,8 @@ def test_result_that_depends_on_what_was_there_does_not_survive(trial):
 def test_what_a_job_leaves_behind_is_named(trial):
     row = trial("kill", "Path('build/.left').touch() or 1")
     assert not row["survived"] and "left behind: .left" in row["why"]
+
+
+@pytest.mark.parametrize(("turn", "name"), [(0, "job"), (1, "another"), (2, "job")])
+def test_commands_take_turns(trial, turn, name):
+    assert trial("full disk", turn=turn)["of"] == name

@@ -164,6 +164,20 @@ def recurrent(kind):
     return Recurrent(kind), (torch.randn(4, 6, 8), torch.randint(3, (4,)))
 
 
+def converted():
+    """A language model in bfloat16, with a schedule that is computed when it is built."""
+    network, batch = language()
+    network.rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]
+    return network.to(torch.bfloat16), batch
+
+
+def placed():
+    """A network that is built without memory and then given some."""
+    with torch.device("meta"):
+        network = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 3))
+    return network.to_empty(device="cpu"), (torch.randn(5, 8), torch.randint(3, (5,)))
+
+
 def own_step(optimizer=torch.optim.Adam, accumulate=1, autocast=False, recompute=False, **options):
     """A builder of a training loop's step, as a user writes it."""
 
@@ -214,9 +228,13 @@ def parts_of(found):
     return sum(sum(parts.values()) for parts in found.by_module.values())
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+CONVERTED = {"bfloat16": converted, "placed": placed}
+
+
+@pytest.mark.parametrize("name", BUILDERS | CONVERTED)
 def test_simulated_step_is_the_real_one_to_the_byte(name):
-    simulated, real = profile(BUILDERS[name]), profile(BUILDERS[name], simulate=False)
+    builder = (BUILDERS | CONVERTED)[name]
+    simulated, real = profile(builder), profile(builder, simulate=False)
     assert (simulated.instrument, real.instrument) == ("simulated", "tracked")
     assert simulated.by_category == real.by_category
     assert simulated.by_module == real.by_module
@@ -396,6 +414,16 @@ def test_bad_input_is_one_sentence():
         profile(lambda: (network, x, labels, 3))
     with pytest.raises(ValueError, match="a builder returns"):
         profile(lambda: (x, network))
+    with pytest.raises(ValueError, match=r"gives \(Sequential\): a builder returns"):
+        profile(lambda: network)
+    with pytest.raises(ValueError, match="has no rows"):
+        profile(lambda: (network, (x[:0], labels[:0])))
+    with pytest.raises(ValueError, match="on the device meta"):
+        profile(lambda: (cnn()[0].to("meta"), (x, labels)))
+    with pytest.raises(RuntimeError, match=r"bfloat16 and torch.float32: give tensors of one"):
+        profile(lambda: (nn.Linear(8, 3), (torch.rand(4, 8).bfloat16(), torch.rand(4, 3))))
+    with pytest.raises(CannotSimulateError, match="lazy modules"):
+        profile(lambda: (nn.LazyLinear(3), (torch.rand(4, 8), torch.rand(4, 3))))
     with pytest.raises(ValueError, match="trains nothing"):
         profile(lambda: lambda: torch.ones(3) + 1)
     with pytest.raises(ValueError, match="no parameter"):

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,9 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.modules import module as hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+# An error of the step is raised; PyTorch would log it too.
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+
 READS_DATA = {"_local_scalar_dense": ".item()", "nonzero": "nonzero (a mask as an index)"}
 aten = torch.ops.aten
 # Losses whose result keeps the storage of the elements it was reduced from.
@@ -30,6 +34,8 @@ BATCH_NORMS = {aten.native_batch_norm.default, aten._native_batch_norm_legit.def
 
 # Its gradient lies in order, whatever the order of the one that comes in.
 LAYER_NORM_BACKWARD = aten.native_layer_norm_backward.default
+# Their kernels want one precision, which simulations do not check.
+PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 # Products of experts, which run in any precision, but are simulated in bfloat16 only.
 GROUPED_PRODUCT = aten._grouped_mm.default
 
@@ -53,6 +59,9 @@ class Simulation(FakeTensorMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         """Simulate one operation."""
+        if function in PRODUCTS and len({t.dtype for t in args if torch.is_tensor(t)}) > 1:
+            kinds = " and ".join(sorted({str(t.dtype) for t in args if torch.is_tensor(t)}))
+            raise RuntimeError(f"a product of {kinds}: give tensors of one dtype")
         if function is GROUPED_PRODUCT and args[0].dtype != torch.bfloat16:
             halves = [t.to(torch.bfloat16) for t in args[:2]]
             result = super().__torch_dispatch__(function, types, (*halves, *args[2:]), kwargs)
@@ -83,14 +92,18 @@ def build(
         built: object = (_copied(what, simulation) if simulation else what, batch, loss)
     else:
         built = _call_builder(what, rows, simulation)
+        if isinstance(built, (nn.Module, Iterator)):
+            built = (built,)
         if not isinstance(built, (tuple, list)):
-            return built if callable(built) and not isinstance(built, nn.Module) else what
+            return built if callable(built) else what
     if not (2 <= len(built) <= 3 and isinstance(built[0], nn.Module)) or built[1] is None:
         raise ValueError(
             f"{getattr(what, '__name__', type(what).__name__)} gives {_kinds(built)}: a builder "
             "returns (module, batch), (module, batch, loss) or a step."
         )
     module, batch, loss = (*built, None)[:3]
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise ValueError("the network is on the device meta: build it on the CPU or a GPU.")
     if simulation:
         batch = tree_map_only(torch.Tensor, _fake(simulation), batch)
     return module.train(), resized(_inputs_and_labels(batch), rows), loss
@@ -115,6 +128,8 @@ def _inputs_and_labels(batch: object) -> tuple[object, torch.Tensor | None]:
 def resized(batch: tuple, rows: int | None) -> tuple:
     """The batch with `rows` rows: every tensor as long as the first one becomes so long."""
     first = next((leaf for leaf in tree_leaves(batch) if torch.is_tensor(leaf)), None)
+    if first is not None and first.dim() and not len(first):
+        raise ValueError("the batch has no rows: give at least one.")
     if rows is None or first is None or len(first) == rows:
         return batch
     now = len(first)
@@ -138,7 +153,7 @@ def _call_builder(builder: Callable, rows: int | None, simulation: Simulation | 
     if simulation is None:
         return builder(*arguments)
     try:
-        with _untruncated():
+        with _building():
             return builder(*arguments)
     except (DataDependentOutputException, DynamicOutputShapeException, RuntimeError) as error:
         if isinstance(error, UnsupportedOperatorException):
@@ -148,7 +163,7 @@ def _call_builder(builder: Callable, rows: int | None, simulation: Simulation | 
             lambda module, name, parameter: fake(parameter) if parameter is not None else None
         )
         try:
-            with _paused(simulation), _untruncated():
+            with _paused(simulation), _building():
                 built = builder(*arguments)
         except Exception:
             raise error from None
@@ -163,21 +178,39 @@ def _call_builder(builder: Callable, rows: int | None, simulation: Simulation | 
 
 
 @contextmanager
-def _untruncated() -> Iterator[None]:
-    """Initial values drawn from a truncated normal distribution are not drawn where there are none.
+def _building() -> Iterator[None]:
+    """Let networks be built that have no data.
 
-    PyTorch looks at what it has drawn, to draw again what lies beyond the bounds.
+    Initial values drawn from a truncated normal distribution are not drawn: PyTorch looks at what
+    it has drawn, to draw again what lies beyond the bounds. Where a network is converted, as by
+    `.half()`, its tensors are replaced: PyTorch would swap their content, which simulated ones
+    refuse.
     """
-    draw = nn.init._no_grad_trunc_normal_
+    draw, apply = nn.init._no_grad_trunc_normal_, nn.Module._apply
+    converted: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by id: the old one, the new one
 
     def draw_numbers(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         return tensor if isinstance(tensor, FakeTensor) else draw(tensor, *args, **kwargs)
 
-    nn.init._no_grad_trunc_normal_ = draw_numbers
+    def convert(module: nn.Module, function: Callable, recurse: bool = True) -> nn.Module:
+        for child in module.children() if recurse else ():
+            child._apply(function)
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is not None and id(tensor) not in converted:
+                    new = function(tensor.detach())
+                    if isinstance(tensor, nn.Parameter):
+                        new = nn.Parameter(new, tensor.requires_grad)
+                    converted[id(tensor)] = tensor, new
+                if tensor is not None:
+                    store[name] = converted[id(tensor)][1]
+        return module
+
+    nn.init._no_grad_trunc_normal_, nn.Module._apply = draw_numbers, convert
     try:
         yield
     finally:
-        nn.init._no_grad_trunc_normal_ = draw
+        nn.init._no_grad_trunc_normal_, nn.Module._apply = draw, apply
 
 
 @contextmanager
@@ -215,6 +248,10 @@ def explained(place: Callable[[], str] = str) -> Iterator[None]:
             raise
         raise ValueError("this step makes sparse tensors, whose bytes can't be counted.") from error
     except RuntimeError as error:
+        if "UninitializedParameter" in str(error):
+            raise CannotSimulateError(
+                "lazy modules can't be simulated: give their sizes, or use simulate=False (--real)."
+            ) from error
         if "numpy() is not supported for tensor subclasses" not in str(error):
             raise
         reads = ".numpy()"

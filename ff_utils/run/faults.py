@@ -3,7 +3,8 @@
 `python -m ff_utils faults --trials 50 --seed 0`
 
 Each trial works in a copy of this checkout, on built-in data, and is decided by its seed alone: the
-trials of seed 0 are those of the seeds 0, 1, 2, ... It survives if
+trials of seed 0 are those of the seeds 0, 1, 2, ... Faults, commands and files take turns; moments,
+signals and kinds of damage are drawn. A trial survives if
 
 - the same command, given once more, ends with the metrics of an undisturbed run, times and process
   memory apart,
@@ -430,12 +431,13 @@ def run_trial(seed: int, work: Path, whole: dict[str, tuple[Path, object, float]
     """One trial; its row of the table. whole: undisturbed runs by their command, kept for others:
     the folder, the metrics and the seconds."""
     dice = random.Random(seed)
-    fault = FAULTS[seed % len(FAULTS)]
+    rounds, place = divmod(seed, len(FAULTS))
+    fault = FAULTS[place]
     table = DAMAGED if fault == "damage" else COMMANDS
     if fault in ("full disk", "two at once"):
         table = {name: one for name, one in table.items() if name != "Dask workers"}
-    name = dice.choice(sorted(table))
-    command = table[name]
+    earlier = FAULTS.count(fault) * rounds + FAULTS[:place].count(fault)
+    name, command = list(table.items())[earlier % len(table)]  # each in turn
     if command.line not in whole:
         undisturbed = Trial(work / f"whole-{len(whole)}", work / "checkout")
         start = time.monotonic()
