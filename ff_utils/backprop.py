@@ -206,11 +206,6 @@ class Backprop(nn.Module):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    @property
-    def moved(self) -> int:
-        """Bytes moved between host and device so far."""
-        return self.host.moved if self.host else 0
-
     def start_training(self, data: Dataset, config: TrainConfig) -> list[None]:
         """The stages of a training: one, of all layers."""
         return [None]
@@ -228,16 +223,11 @@ class Backprop(nn.Module):
             return {"error": classification_error(self, data)}
 
 
-def segment_sizes(depth: int) -> list[int]:
-    """Layers in each segment between checkpoints; the last segment is not checkpointed."""
-    size = math.isqrt(depth - 1) + 1  # the square root, rounded up
-    return [min(size, depth - start) for start in range(0, depth, size)]
-
-
 def split_segments(network: nn.Sequential, size: int | None = None) -> list[nn.Sequential]:
-    """`network` in segments of `size` layers or `segment_sizes`; the last has the classifier."""
+    """`network` in segments of `size` layers, or the square root of all; the last has the
+    classifier."""
     *layers, _ = (k for k, module in enumerate(network) if isinstance(module, nn.Linear))
-    starts = layers[:: size or segment_sizes(len(layers))[0]]
+    starts = layers[:: size or math.isqrt(len(layers) - 1) + 1]  # rounded up
     return [network[start:end] for start, end in pairwise([*starts, len(network)])]
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pooch
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from pooch.hashes import hash_matches
 from requests import RequestException
 
 from ff_utils import utils
@@ -74,13 +75,7 @@ MIRRORS = {
 TORCHVISION_FOLDERS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
 FOLDER = "folder:"  # what the name of a folder of images begins with
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-)
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class DataNotFoundError(RuntimeError):
@@ -392,22 +387,16 @@ def _find(dataset: str, file_name: str) -> Path:
     """The checked file: on disk if it is there, else downloaded from a mirror."""
     download_to = utils.DATA / dataset
     for path, checksum in _on_disk(dataset, file_name):
-        if _matches(path, checksum):
+        if hash_matches(path, checksum):
             return path
         # Fashion-MNIST's files have MNIST's names: a folder may hold the other's.
         known = chain.from_iterable(files.values() for files in REGISTRY.values())
-        if path.parent != download_to and not any(_matches(path, one) for one in known):
+        if path.parent != download_to and not any(hash_matches(path, one) for one in known):
             raise ValueError(
                 f"{utils.relative(path)} is not {dataset}'s file (its checksum differs): delete "
                 "or replace it."
             )
     return _download(dataset, file_name, download_to)
-
-
-def _matches(path: Path, checksum: str) -> bool:
-    algorithm, expected = checksum.split(":")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest() == expected
 
 
 def _download(dataset: str, file_name: str, folder: Path) -> Path:
@@ -451,7 +440,3 @@ def main() -> None:
         f"{data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test "
         f"images of {data.shape[0]}x{data.shape[1]}, sha256 {data.checksum[:12]}"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -360,7 +360,7 @@ def train(settings: Settings, ranks: Ranks, checkpoint: Path | None = None) -> d
         begin = (data.to("meta"), run)
     torch.ones(64, 64) @ torch.ones(64, 64)  # loads what any program loads
     torch.cuda.reset_peak_memory_stats() if cuda else process.reset_peak()
-    before = 0 if cuda else process.resident_bytes()
+    before = 0 if cuda else psutil.Process().memory_info().rss
     sizes, run = ranks.gather(begin)[0]
     shard = LayerShard(settings, ranks, data if first else sizes)
     if run["epoch"]:
@@ -447,24 +447,16 @@ def torchrun_command(ranks: int, settings: Settings, *options: str) -> list[str]
     return command
 
 
-def launch(
-    ranks: int,
-    settings: Settings,
-    checkpoint: str | os.PathLike | None = None,
-    threads: int = 1,
-) -> dict:
+def launch(ranks: int, settings: Settings, *options: str, threads: int = 1) -> dict:
     """Train in `ranks` fresh processes of this machine; returns the record.
 
-    threads: of each process.
-
-    They end with this process. RuntimeError with the reason where they fail.
+    options: more of the command line's. threads: of each process. They end with this process.
+    RuntimeError with the reason where they fail.
     """
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.json"
-        options = ["--record", str(record), "--end-with", str(os.getpid())]
-        options += ["--threads", str(threads)]
-        if checkpoint:
-            options += ["--checkpoint", str(user_path(checkpoint))]
+        options += ("--record", str(record), "--end-with", str(os.getpid()))
+        options += ("--threads", str(threads))
         command = torchrun_command(ranks, settings, *options)
         # torchrun leaves a folder of its own in the temporary one.
         environment = os.environ | process.RETURN_FREED_MEMORY | {"TMPDIR": folder}

@@ -16,7 +16,7 @@ from torch import nn
 from ff_utils.config import FFConfig, LayerConfig
 from ff_utils.ff.layers import FFLayer, split_batch
 from ff_utils.ff.negatives import FactoredInput
-from ff_utils.ff.network import ForwardForward, Repeated
+from ff_utils.ff.network import ForwardForward
 from ff_utils.utils import HOST, allocation_category, check_number, user_path
 
 ALIGNMENT = 64  # elements: tensors in a slot start where libraries take their fastest kernels
@@ -301,7 +301,7 @@ class OffloadedForwardForward(_Offloaded, ForwardForward):
 
     def cache_activations(
         self, h: torch.Tensor | FactoredInput, depth: int
-    ) -> Iterable[torch.Tensor]:
+    ) -> Callable[[], Iterable[torch.Tensor]]:
         """Activations cached in the store, read one at a time; or recomputed each time."""
         if self.config.recompute:
             return super().cache_activations(h, depth)
@@ -309,9 +309,7 @@ class OffloadedForwardForward(_Offloaded, ForwardForward):
         for number, y in enumerate(self.activations(h, depth)):
             store.write(f"kept.{number}", y)
         widths = list(enumerate(self.hidden[:depth]))
-        return Repeated(
-            lambda: (store.read(f"kept.{k}", empty(rows, width)) for k, width in widths)
-        )
+        return lambda: (store.read(f"kept.{k}", empty(rows, width)) for k, width in widths)
 
     def step_in_parts(
         self, h: torch.Tensor, positives: int, learning_rate: float, micro_batches: int

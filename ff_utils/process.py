@@ -1,19 +1,12 @@
-"""What the operating system says of a process: its resident memory, and what is free."""
+"""A process's peak of resident memory, as the operating system has it."""
 
 import resource
 import sys
 from pathlib import Path
 
-import psutil
-
 # The C library gives freed blocks back to the system at once, so that a process's peak is what it
 # needed and not what its allocator kept. Set in the environment of a fresh process.
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-
-
-def resident_bytes() -> int:
-    """Resident memory now."""
-    return psutil.Process().memory_info().rss
 
 
 def peak_resident_bytes() -> int:
@@ -33,8 +26,3 @@ def reset_peak() -> bool:
     except OSError:
         return False
     return True
-
-
-def free_bytes() -> int:
-    """Bytes of the host's memory that can be had."""
-    return psutil.virtual_memory().available

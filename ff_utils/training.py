@@ -8,7 +8,6 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -239,18 +238,13 @@ def epochs_to(errors: pd.Series, levels: Sequence[float]) -> list[int | None]:
 
 
 @torch.no_grad()
-def error_rate(
-    network: nn.Module, data: Dataset, by: str = "softmax", depth: int | None = None
-) -> float:
+def error_rate(network: nn.Module, data: Dataset, by: str = "softmax") -> float:
     """Share of `data`'s test images that `network`, of any kind, gets wrong.
 
-    by: as in `predict`; a network without `predict` is a plain classifier. depth: predict by the
-    softmax over the first `depth` layers alone.
+    by: as in `predict`; a network without `predict` is a plain classifier.
     """
     if not hasattr(network, "predict"):
         return classification_error(network, data)
-    if depth is not None:
-        return classification_error(partial(network.classify, depth=depth), data)
     parts = test_batches(data)
     wrong = sum((network.predict(images, by) != labels).sum() for images, labels in parts)
     return float(wrong) / len(data.test_labels)

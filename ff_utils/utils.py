@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -118,6 +119,24 @@ def check_names(what: str, given: Iterable[object], known: Collection[str]) -> N
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has: {', '.join(sorted(known))}."
             raise ValueError(f"{what} {name!r}, which does not exist: {hint}")
+
+
+def value_at(found: object, path: str) -> object:
+    """What a path into a record's metrics leads to; None where it ends early.
+
+    a.b is an item, a.0 one of a list, a[arm=ff_streamed,depth=47] the first row with these values.
+    """
+    for step in re.findall(r"\[[^]]+\]|[^.\[]+", path):
+        try:
+            if step.startswith("["):
+                pairs = re.split(r",(?=\w+=)", step[1:-1])  # a value may have commas
+                wanted = dict(pair.split("=") for pair in pairs).items()
+                found = next(row for row in found if all(str(row[k]) == v for k, v in wanted))
+            else:
+                found = found[int(step)] if isinstance(found, list) else found[step]
+        except (LookupError, TypeError, ValueError, StopIteration):
+            return None
+    return found
 
 
 def format_bytes(count: float) -> str:

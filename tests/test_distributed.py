@@ -28,9 +28,9 @@ LAUNCH = """
 import json
 from ff_utils.distributed import Settings, launch
 
-def two(settings, folder=None):
+def two(settings, *options):
     try:
-        print(json.dumps(launch(2, settings, folder)))
+        print(json.dumps(launch(2, settings, *options)))
     except RuntimeError as error:
         print(error)
 
@@ -222,7 +222,7 @@ def test_ranks_but_the_first_refuse_settings_in_silence(monkeypatch, capsys):
 
 
 def test_ranks_end_with_the_process_that_launched_them(tmp_path):
-    launcher = python(f"two({ENDLESS!r}, {str(tmp_path)!r})")
+    launcher = python(f"two({ENDLESS!r}, '--checkpoint', {str(tmp_path)!r})")
     wait_for_checkpoint(launcher, tmp_path)
     children = launcher.children(recursive=True)
     assert len(children) >= 3  # torchrun and two ranks

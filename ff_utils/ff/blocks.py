@@ -48,7 +48,7 @@ def find_blocks(network: nn.Module, names: Sequence[str] | None = None) -> list[
             raise ValueError(f"blocks: {unknown[0]!r} is no module of {type(network).__name__}.")
         if len(set(names)) < len(names):
             raise ValueError("blocks: a name is given twice.")
-        return [Block(name, [known[name]], _parent(network, name)) for name in names]
+        return [Block(name, [known[name]], known[name.rpartition(".")[0]]) for name in names]
     blocks = list(_outermost_blocks(network, ""))
     if len(blocks) < 2:
         children = ", ".join(name for name, _ in network.named_children()) or "none"
@@ -59,19 +59,13 @@ def find_blocks(network: nn.Module, names: Sequence[str] | None = None) -> list[
     return blocks
 
 
-def _parent(network: nn.Module, name: str) -> nn.Module:
-    return network.get_submodule(name.rpartition(".")[0])
-
-
 def _outermost_blocks(module: nn.Module, name: str) -> Iterator[Block]:
     if isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module) > 1:
         runs: list[tuple[str, list[nn.Module]]] = []
         for child_name, child in module.named_children():
-            weighty = any(p.dim() > 1 for p in child.parameters())
-            starts = (
-                weighty and any(p.dim() > 1 for m in runs[-1][1] for p in m.parameters())
-                if runs
-                else True
+            starts = not runs or (
+                any(p.dim() > 1 for p in child.parameters())
+                and any(p.dim() > 1 for m in runs[-1][1] for p in m.parameters())
             )
             if starts or isinstance(module, nn.ModuleList):
                 runs.append((child_name, []))

@@ -173,11 +173,12 @@ class ForwardForward(FFNetwork):
 
     def cache_activations(
         self, h: torch.Tensor | FactoredInput, depth: int
-    ) -> Iterable[torch.Tensor]:
-        """`activations` that can be read more than once: cached, or recomputed each time."""
+    ) -> Callable[[], Iterable[torch.Tensor]]:
+        """What gives `activations` each time it is called: cached, or recomputed."""
         if self.config.recompute:
-            return Repeated(partial(self.activations, h, depth))
-        return list(self.activations(h, depth))
+            return partial(self.activations, h, depth)
+        kept = list(self.activations(h, depth))
+        return lambda: kept
 
     def step(
         self,
@@ -288,9 +289,9 @@ class ForwardForward(FFNetwork):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Train the classifier on the first `depth` layers; its logits before, and its loss."""
         activations = self.cache_activations(h, depth)
-        logits = self.softmax(activations)
+        logits = self.softmax(activations())
         rate = batch.learning_rate * batch.config.classifier_rate
-        return logits, self.softmax.step(activations, logits, batch.labels, rate)
+        return logits, self.softmax.step(activations(), logits, batch.labels, rate)
 
     def _train_without_labels(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The layers on images and hybrids of them, or the classifier, as the stage says."""
@@ -324,17 +325,6 @@ class ForwardForward(FFNetwork):
             g = layer.goodness_of(layer.normalise_(h))
             result[number] = g.view(self.classes, count)
         return result.transpose(1, 2)
-
-
-class Repeated:
-    """What `make` yields, as often as it is read."""
-
-    def __init__(self, make: Callable[[], Iterator[torch.Tensor]]) -> None:
-        self.make = make
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        """From the beginning."""
-        return self.make()
 
 
 def named_losses(losses: Iterable[torch.Tensor], first: int = 1) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ knows every arm exactly.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
@@ -18,41 +18,23 @@ from ff_utils.optimizers import BLOCK, CHUNK
 from ff_utils.original import DATASET_ROWS
 
 
-@dataclass(frozen=True)
-class _Bytes:
+def _terms(s: Sizes, more_inputs: int = 0) -> SimpleNamespace:
     """The terms of the formulas, in bytes, and how often weights are there with their moments.
 
-    unpacked: what 8-bit Adam holds of a chunk of a layer's weights while it updates them.
+    layers: all hidden layers' weights and biases; first, layer, largest: one's. unpacked: what
+    8-bit Adam holds of a chunk of a layer's weights while it updates them.
     """
-
-    copies: float
-    first: int
-    layer: int
-    classifier: int
-    activation: int
-    images: int
-    unpacked: int
-    depth: int
-
-    @property
-    def layers(self) -> int:
-        """All hidden layers' weights and biases."""
-        return self.first + (self.depth - 1) * self.layer
-
-    @property
-    def largest(self) -> int:
-        """The largest hidden layer's."""
-        return max(self.first, self.layer) if self.depth > 1 else self.first
-
-
-def _terms(s: Sizes, more_inputs: int = 0) -> _Bytes:
     element = getattr(torch, s.precision).itemsize
     packed = (1 + 4 / BLOCK) / element  # a byte a number, and a scale for each block
     moments = {"adam": 2, "adam_8bit": 2 * packed, "sgd": 0}[s.optimizer]
-    return _Bytes(
+    first = element * (s.pixels + more_inputs + 1) * s.hidden
+    layer = element * (s.hidden + 1) * s.hidden
+    return SimpleNamespace(
         copies=1 + moments,
-        first=element * (s.pixels + more_inputs + 1) * s.hidden,
-        layer=element * (s.hidden + 1) * s.hidden,
+        first=first,
+        layer=layer,
+        layers=first + (s.depth - 1) * layer,
+        largest=max(first, layer) if s.depth > 1 else first,
         classifier=element * (s.hidden + 1) * s.classes,
         activation=element * s.batch * s.hidden,
         images=element * s.batch * s.pixels,
@@ -92,7 +74,7 @@ def ff(s: Sizes) -> float:
     return t.copies * t.layers + t.largest + t.images + _input_and_output(t)
 
 
-def _input_and_output(t: _Bytes) -> int:
+def _input_and_output(t: SimpleNamespace) -> int:
     inner = 2 * t.activation if t.depth > 1 else 0
     return max(t.images + t.activation, inner) + t.unpacked
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from statistics import median
 
 import pandas as pd
+import psutil
 import torch
 
-from ff_utils import process
 from ff_utils.memory.arms import ARMS, Sizes
 from ff_utils.memory.measure import finish, is_out_of_memory, simulate
 from ff_utils.memory.steps import Step, build
@@ -55,7 +55,7 @@ def measure_here(arm: str, s: Sizes) -> dict:
     """One point in this process, on `s.device`; lack of memory is an `error`, no exception."""
     # Pinned memory comes in powers of two: up to twice what is asked for.
     host = 2 * simulate(arm, s).host_bytes
-    if host > process.free_bytes():
+    if host > psutil.virtual_memory().available:
         return {"error": f"out of memory: {format_bytes(host)} of the host's may be needed"}
     try:
         return _measure_step(arm, s)

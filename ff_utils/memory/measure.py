@@ -28,6 +28,7 @@ from multiprocessing import get_context, parent_process
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -126,15 +127,13 @@ def simulate(arm: str, sizes: Sizes) -> Report:
     return replace(_simulated[key])
 
 
-def timeline(arm: str, *, depth: int, hidden: int, batch: int) -> list[tuple[str, dict[str, int]]]:
+def timeline(
+    arm: str, *, depth: int, hidden: int, batch: int, optimizer: str = "adam"
+) -> list[tuple[str, dict[str, int]]]:
     """Live bytes by category after every operation of one training step, simulated."""
     _check(arm, "simulated")
-    return _timeline(arm, Sizes(depth, hidden, batch))
-
-
-def _timeline(arm: str, s: Sizes) -> list[tuple[str, dict[str, int]]]:
     with FakeTensorMode():
-        return build(arm, s).track().timeline
+        return build(arm, Sizes(depth, hidden, batch, optimizer)).track().timeline
 
 
 def _check(arm: str, instrument: str) -> None:
@@ -192,10 +191,10 @@ def _refuse_what_does_not_fit(arm: str, s: Sizes, instrument: str) -> None:
     device, host = needed.peak_bytes, needed.host_bytes
     if instrument == "cuda":
         _refuse_beyond(device, torch.cuda.mem_get_info()[0], f"{arm} needs on the device")
-        _refuse_beyond(host, process.free_bytes(), f"{arm} needs on the host")
+        _refuse_beyond(host, psutil.virtual_memory().available, f"{arm} needs on the host")
         return
     in_memory = _host_in_memory(arm, s) if instrument == "rss" else host
-    _refuse_beyond(device + in_memory, process.free_bytes(), f"{arm} needs")
+    _refuse_beyond(device + in_memory, psutil.virtual_memory().available, f"{arm} needs")
     free = shutil.disk_usage(tempfile.gettempdir()).free
     _refuse_beyond(host - in_memory, free, f"{arm} needs in temporary files")
 
@@ -235,7 +234,7 @@ def _measure_process(report: Report, s: Sizes) -> Report:
     """Measure this process from outside: resident memory, less what it had before."""
     # Load what any program loads (thread pools, kernels) before the baseline is read.
     build("backprop", replace(s, depth=2, hidden=64, batch=64)).train()
-    baseline = process.resident_bytes()
+    baseline = psutil.Process().memory_info().rss
     with tempfile.TemporaryDirectory() as folder:
         step = build(report.arm, replace(s, store=folder))
         step.train()
@@ -402,9 +401,9 @@ def saving_map(
 
 def _bytes_by_batch(arm: str, depth: int, hidden: int, optimizer: str) -> np.ndarray:
     """Live bytes after each operation: a constant, and what a row adds: (operations, 2)."""
+    sizes = {"depth": depth, "hidden": hidden, "optimizer": optimizer}
     few, many = (
-        [device_bytes(live) for _, live in _timeline(arm, Sizes(depth, hidden, rows, optimizer))]
-        for rows in PROBES
+        [device_bytes(live) for _, live in timeline(arm, batch=rows, **sizes)] for rows in PROBES
     )
     return np.linalg.solve([[1, rows] for rows in PROBES], [few, many]).T
 
@@ -526,7 +525,7 @@ def time_steps(
         free = torch.cuda.mem_get_info()[0]
     else:
         need += sum(_host_in_memory(arm, s) for arm, s in sizes.items())
-        free = process.free_bytes()
+        free = psutil.virtual_memory().available
     _refuse_beyond(need, free, "all arms together need")
     with ExitStack() as folders:
         tasks, moved = {}, {}
@@ -541,22 +540,16 @@ def time_steps(
             tasks[arm], moved[arm] = task, step.moved() - before
         seconds = time_alternately(tasks, repeats)
         del step, task, tasks
-    rows = []
-    for arm, report in reports.items():
-        rows.append(
-            {
-                "arm": arm,
-                "seconds": seconds[arm].median(),
-                "fastest": seconds[arm].min(),
-                "slowest": seconds[arm].max(),
-                "images": images,
-                "per_1000_images": 1000 * seconds[arm].median() / images,
-                "moved_bytes": moved[arm],
-                "peak_bytes": report.peak_bytes,
-                "host_bytes": report.host_bytes,
-            }
-        )
-    return pd.DataFrame(rows)
+    table = seconds.agg(["median", "min", "max"]).T
+    table.columns = ["seconds", "fastest", "slowest"]
+    table = table.rename_axis("arm").reset_index()
+    return table.assign(
+        images=images,
+        per_1000_images=1000 * table.seconds / images,
+        moved_bytes=table.arm.map(moved),
+        peak_bytes=[report.peak_bytes for report in reports.values()],
+        host_bytes=[report.host_bytes for report in reports.values()],
+    )
 
 
 def finish(work: Callable[[], object], device: str) -> None:
@@ -633,25 +626,15 @@ def _still_at_work(what: str) -> Iterator[None]:
 
 
 def _table(report: Report) -> str:
-    """A report as lines of text; columns are as wide as what is in them."""
-    rows = [("", report.instrument, "formula")]
-    for category, size in (report.breakdown or {}).items():
-        rows.append((category.replace("_", " "), size, None))
-    rows += [
-        ("training peak", report.peak_bytes, report.predicted_bytes),
-        ("evaluation peak", report.evaluation_peak_bytes, None),
-        ("on the host", report.host_bytes, None),
-        ("moved in a step", report.moved_bytes, None),
-    ]
-    cells = [[_cell(value) for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [f"{a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in cells]
+    """A report as lines of text."""
+    sizes = {name.replace("_", " "): size for name, size in (report.breakdown or {}).items()}
+    sizes["training peak"] = report.peak_bytes
+    sizes["evaluation peak"] = report.evaluation_peak_bytes
+    sizes["on the host"] = report.host_bytes
+    sizes["moved in a step"] = report.moved_bytes
+    formula = {"training peak": report.predicted_bytes}
+    table = pd.DataFrame({report.instrument: sizes, "formula": formula}, sizes, dtype=float)
+    lines = table.to_string(na_rep="-", formatters=[format_bytes] * 2, col_space=10)
     head = f"{report.arm}: {report.depth} layers of {report.hidden} units, {report.batch} rows, "
     head += f"{report.optimizer}, {report.precision} ({report.instrument})"
-    return "\n".join([head, "", *lines])
-
-
-def _cell(value: int | str | None) -> str:
-    if value is None:
-        return "-"
-    return value if isinstance(value, str) else format_bytes(value)
+    return f"{head}\n\n{lines}"

@@ -21,11 +21,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ff_utils.ff.blocks import call
@@ -45,12 +41,8 @@ STEP = "(no module)"  # of what no module holds or makes
 OPTIMIZER = "(optimizer)"
 aten = torch.ops.aten
 FLOPS = {  # of attention on a CPU, which PyTorch's counter does not know
-    aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda *shapes, out_shape=None, **_: sdpa_flop_count(*shapes[:3])
-    ),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda *shapes, out_shape=None, **_: sdpa_backward_flop_count(*shapes[:4])
-    ),
+    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop.__wrapped__,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop.__wrapped__,
 }
 
 

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -183,11 +184,7 @@ def checkpoint_blocks(network: nn.Module, names: Sequence[str] | None = None) ->
             for module in others:
                 del block.parent._modules[keys[id(module)]]
             first = run
-        first.forward = _checkpointed(first.forward)
-
-
-def _checkpointed(forward: Callable) -> Callable:
-    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        first.forward = partial(checkpoint, first.forward, use_reentrant=False)
 
 
 def large_head(network: nn.Module) -> nn.Linear | None:

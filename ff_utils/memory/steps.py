@@ -30,8 +30,8 @@ MOST_PARTS = 16  # micro-batches of the best remedies, where they help
 class Step:
     """One arm's training step and evaluation, and what stays in memory between steps.
 
-    kept: what steps themselves leave behind, by category. timed: the step whose seconds compare
-    with other arms', where `train` is not it. moved: bytes moved between host and device so far.
+    store: of what is offloaded, with the bytes `moved` so far. returned: activations that a step
+    leaves behind. timed: the step whose seconds compare with other arms', where `train` is not it.
     """
 
     network: nn.Module
@@ -39,18 +39,23 @@ class Step:
     evaluate: Callable[[], object]
     inputs: list[torch.Tensor] = field(default_factory=list)
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
-    kept: Callable[[], dict[str, list[torch.Tensor]]] = dict
+    store: object = None
+    returned: Callable[[], list[torch.Tensor]] = list
     timed: Callable[[], object] | None = None
-    moved: Callable[[], int] = int
+
+    def moved(self) -> int:
+        """Bytes moved between host and device so far."""
+        return self.store.moved if self.store else 0
 
     def track(self) -> MemoryTracker:
         """One step counted, after one that is not."""
+        on_host = getattr(self.store, "tensors", {})
         return track_step(
             self.train,
             self.network,
             inputs=self.inputs,
             optimizers=self.optimizers,
-            kept=self.kept,
+            kept=lambda: {HOST: on_host.values(), "activations": self.returned()},
         )
 
 
@@ -125,7 +130,7 @@ def _backprop(arm: Arm, s: Sizes, micro_batches: int | None = None) -> Step:
         evaluate=lambda: _outputs(network, parts),
         inputs=[images, labels],
         optimizers=backprop.optimizers,
-        moved=lambda: backprop.moved,
+        store=backprop.host,
     )
 
 
@@ -140,14 +145,8 @@ def _offloaded_backprop(arm: Arm, s: Sizes) -> Step:
         train=lambda: network.step(images, labels, RATE, arm.micro_batches),
         evaluate=lambda: network(part),
         inputs=[images, labels],
-        kept=lambda: _on_host(network),
-        moved=lambda: network.slots.store.moved,
+        store=network.slots.store,
     )
-
-
-def _on_host(network: nn.Module) -> dict[str, list[torch.Tensor]]:
-    store = network.slots.store
-    return {HOST: list(getattr(store, "tensors", {}).values())}
 
 
 def _layers(arm: Arm, s: Sizes) -> Step:
@@ -159,31 +158,21 @@ def _layers(arm: Arm, s: Sizes) -> Step:
         network = _forward_forward(arm, s, FFConfig(optimizer=s.optimizer, classifier=False))
     images, labels = _batch(s, s.batch)
     inputs, positives = [images], s.batch // 2
+    if arm.network == "ff_local":
+        inputs.append(labels)
+    if arm.step == "accumulated":  # every layer has a gradient of its own
+        network.grad_buffer = network.grad_buffer[:0].clone()
 
     # The whole step overwrites its input, which has no name here, so that it is freed once the
     # first layer has used it: what stays is the batch that it was copied from.
-    if arm.network == "ff_local":
-        inputs = [images, labels]
-
-        def train():
-            return network.step(network.encode(images, labels), positives, RATE)
-
-    elif arm.step == "accumulated":
-        # Every layer has a gradient of its own.
-        network.grad_buffer = network.grad_buffer[:0].clone()
-
-        def train():
+    def train() -> torch.Tensor:
+        if arm.network == "ff_local":
+            return network.step(network.encode(*inputs), positives, RATE)
+        if arm.step == "accumulated":
             return network.step_accumulated(images, positives, RATE, arm.micro_batches)
-
-    elif arm.offloaded and arm.micro_batches > 1:
-
-        def train():
+        if arm.offloaded and arm.micro_batches > 1:
             return network.step_in_parts(images, positives, RATE, arm.micro_batches)
-
-    else:
-
-        def train():
-            return network.step(images.clone(), positives, RATE, arm.micro_batches)
+        return network.step(images.clone(), positives, RATE, arm.micro_batches)
 
     # A chunk of the batch is evaluated at a time: the next ones need no more.
     rows = max(1, s.batch // (4 * arm.micro_batches * s.classes))
@@ -192,8 +181,7 @@ def _layers(arm: Arm, s: Sizes) -> Step:
         train=train,
         evaluate=lambda: network.predict(images[:rows], rows=rows * s.classes),
         inputs=inputs,
-        kept=lambda: _on_host(network) if arm.offloaded else {},
-        moved=lambda: network.slots.store.moved if arm.offloaded else 0,
+        store=network.slots.store if arm.offloaded else None,
     )
 
 
@@ -286,9 +274,8 @@ def _greedy_cached(arm: Arm, s: Sizes) -> Step:
         train=train,
         evaluate=lambda: network.predict(images, rows=len(images) * s.classes),
         inputs=[images],
-        kept=lambda: _on_host(network),
+        store=store,
         timed=lambda: [learn(*numbered) for numbered in enumerate(network.layers)],
-        moved=lambda: store.moved,
     )
 
 
@@ -339,7 +326,7 @@ def _original_recurrent(arm: Arm, s: Sizes) -> Step:
         train=lambda: network.step(images, labels),
         evaluate=lambda: network.evaluate(some),
         inputs=[images, labels],
-        kept=lambda: {"activations": network.returned},
+        returned=lambda: network.returned,
         optimizers=[layer.optimizer for layer in (network.projector, *network.layers)],
     )
 

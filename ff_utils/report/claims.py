@@ -97,8 +97,7 @@ def metric(name: str, known: dict[str, dict]) -> float | dict | None:
     "errors: FORM" is a form's test error over seeds, as `accuracy.over_seeds` gives it.
 
     name: "RECORD: path", or "RECORD: path / path" for a ratio. RECORD is a key of `known`, a
-    notebook (or its number) of the default profile, or PROFILE/NOTEBOOK. In a path, a.b is an item,
-    a.0 one of a list, a[arm=ff_streamed,depth=47] the first row with these values.
+    notebook (or its number) of the default profile, or PROFILE/NOTEBOOK. Paths: `utils.value_at`.
     """
     place, _, paths = name.partition(": ")
     record = {"metrics": accuracy.over_seeds()} if place == ERRORS else known.get(place)
@@ -109,24 +108,10 @@ def metric(name: str, known: dict[str, dict]) -> float | dict | None:
         if not records.record_path(notebook, profile).exists():
             return None
         record = records.read(notebook, profile)
-    values = [_value(record["metrics"], path) for path in paths.split(" / ")]
+    values = [utils.value_at(record["metrics"], path) for path in paths.split(" / ")]
     if None in values:
         return None
     return values[0] if len(values) == 1 else values[0] / values[1]
-
-
-def _value(found: object, path: str) -> object:
-    for step in re.findall(r"\[[^]]+\]|[^.\[]+", path):
-        if step.startswith("["):
-            pairs = re.split(r",(?=\w+=)", step[1:-1])  # a value may have commas
-            wanted = dict(pair.split("=") for pair in pairs)
-            rows = (row for row in found if all(str(row[k]) == v for k, v in wanted.items()))
-            found = next(rows, None)
-        else:
-            found = found[int(step)] if isinstance(found, list) else found.get(step)
-        if found is None:
-            return None
-    return found
 
 
 def judge(known: dict[str, dict]) -> pd.DataFrame:

@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -97,6 +97,7 @@ class Command:
 
 PYTHON = "environment/bin/python -m"
 SETTING = "make VENV=environment one_setting PROFILE=smoke"
+RECORD = "data/results/smoke/one_setting.json"
 SWEEP = f"{PYTHON} ff_utils sweep faults --jobs 2 --retry-failed"
 TABLE = "data/results/sweeps/faults.csv"
 TRAINING = (
@@ -114,25 +115,15 @@ IMAGES = f"{PYTHON} ff_utils run notebooks/one_setting.ipynb --set dataset=folde
     "--profile smoke --set train_size=0 --output build/images.ipynb"
 )
 COMMANDS = {
-    "make": Command(SETTING, "data/results/smoke/one_setting.json"),
+    "make": Command(SETTING, RECORD),
     "sweep": Command(SWEEP, TABLE),
     "Dask workers": Command("sh cluster.sh", TABLE),
     "training": Command(TRAINING, f"{TRAINED}.json"),
     "ranks": Command(RANKS, "build/ranks.json"),
 }
 DAMAGED = {
-    "a notebook": Command(
-        SETTING,
-        "data/results/smoke/one_setting.json",
-        ("notebooks/one_setting.ipynb",),
-        inputs=True,
-    ),
-    "a profile": Command(
-        SETTING,
-        "data/results/smoke/one_setting.json",
-        ("notebooks/profiles/smoke.yaml",),
-        inputs=True,
-    ),
+    "a notebook": Command(SETTING, RECORD, ("notebooks/one_setting.ipynb",), inputs=True),
+    "a profile": Command(SETTING, RECORD, ("notebooks/profiles/smoke.yaml",), inputs=True),
     "a record": Command(TRAINING, f"{TRAINED}.json", (f"{TRAINED}.json",)),
     "a point's record": Command(SWEEP, TABLE, ("data/results/sweeps/faults/*.json",)),
     "a checkpoint": Command(TRAINING, f"{TRAINED}.json", (f"{TRAINED}.pt",), (f"{TRAINED}.json",)),
@@ -205,20 +196,13 @@ class Trial:
         self.temporary.mkdir()
         self.entry: list[str] = []  # before a command: where its disk is small
         self.said = ""
+        self.stack = ExitStack()  # what is undone once the next run is judged
 
-    def start(self, command: Command, small: int = 0) -> subprocess.Popen:
-        """Begin a command, in a session of its own. small: most bytes of a file, 0 for any."""
+    def start(self, command: Command) -> subprocess.Popen:
+        """Begin a command, in a session of its own."""
         environment = os.environ | {MARK: str(self.folder), "TMPDIR": str(self.temporary)}
         for name in ("MAKEFLAGS", "MAKELEVEL", "FF_DATA_DIR"):
             environment.pop(name, None)
-
-        def prepare() -> None:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # in the background it may be ignored
-            if small:
-                import resource
-
-                resource.setrlimit(resource.RLIMIT_FSIZE, (small, small))
-
         return subprocess.Popen(
             [*self.entry, "sh", "-c", f"cd '{self.folder}' && {command.line}"],
             env=environment,
@@ -227,7 +211,8 @@ class Trial:
             text=True,
             errors="replace",
             start_new_session=True,
-            preexec_fn=prepare,
+            # In the background it may be ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def finish(self, process: subprocess.Popen) -> int:
@@ -235,7 +220,7 @@ class Trial:
         try:
             self.said = process.communicate(timeout=TIME_LIMIT)[0]
         except subprocess.TimeoutExpired as error:
-            for one in self.processes():
+            for one in running(str(self.folder)):
                 one.kill()
             raise FaultError(f"it was still running after {TIME_LIMIT} s") from error
         return process.returncode
@@ -243,10 +228,6 @@ class Trial:
     def run(self, command: Command) -> int:
         """Run a command to its end."""
         return self.finish(self.start(command))
-
-    def processes(self) -> list[psutil.Process]:
-        """What runs for this trial."""
-        return running(str(self.folder))
 
     def metrics(self, command: Command) -> object:
         """The metrics that a command wrote, times and process memory apart."""
@@ -259,7 +240,7 @@ class Trial:
     def leftovers(self) -> list[str]:
         """Temporary files, and processes that have not ended after a while."""
         deadline = time.monotonic() + GRACE
-        while (left := self.processes()) and time.monotonic() < deadline:
+        while (left := running(str(self.folder))) and time.monotonic() < deadline:
             time.sleep(0.5)
         left = [f"the process {title(one)}" for one in left]
         for folder in ("build", "data"):
@@ -302,15 +283,8 @@ def title(one: psutil.Process) -> str:
         "ff_utils": "runner",
     }
     try:
-        words = one.cmdline()
-        return next(
-            (
-                known[word.split("cli.")[-1]]
-                for word in words
-                if word in known or word.split("cli.")[-1] in known
-            ),
-            one.name(),
-        )
+        words = [word.removeprefix("distributed.cli.") for word in one.cmdline()]
+        return next((known[word] for word in words if word in known), one.name())
     except psutil.Error:
         return "gone"
 
@@ -349,7 +323,7 @@ def kill(trial: Trial, command: Command, dice: random.Random, seconds: float) ->
     moment, number = dice.uniform(0, seconds), dice.choice(SIGNALS)
     process = trial.start(command)
     time.sleep(moment)
-    names = {one: title(one) for one in trial.processes()}
+    names = {one: title(one) for one in running(str(trial.folder))}
     if command.line.startswith("sh"):  # the shell that holds the cluster is the trial's own
         names = {one: name for one, name in names.items() if name not in ("sh", "sleep", "sed")}
     kinds = sorted(set(names.values()) - {"gone"})
@@ -364,19 +338,20 @@ def kill(trial: Trial, command: Command, dice: random.Random, seconds: float) ->
     return f"{signal.Signals(number).name} to {what} after {moment:.1f} s"
 
 
-def full_disk(trial: Trial, command: Command, dice: random.Random, stack: ExitStack) -> str:
+def full_disk(trial: Trial, command: Command, dice: random.Random, _: float) -> str:
     """Let a command run out of disk; then there is room."""
     size = 4096 * dice.randint(1, 100)
     what = f"a disk of {utils.format_bytes(size)}"
     try:
-        stack.enter_context(small_disk(trial, size))
+        trial.stack.enter_context(small_disk(trial, size))
         code = trial.run(command)
         room = "for place in build data/results; do mount -o remount,size=1g $place; done"
         if trial.run(Command(room, "")):
             raise FaultError(f"the disk could not be made larger: {trial.said}")
     except OSError:
         what = f"files of at most {utils.format_bytes(size)}"
-        code = trial.finish(trial.start(command, small=size))
+        # Where sh counts blocks of 512 bytes.
+        code = trial.run(replace(command, line=f"ulimit -f {size // 512} && {command.line}"))
     return f"{what}, {'not enough' if code else 'enough'}"
 
 
@@ -390,7 +365,7 @@ def two_at_once(trial: Trial, command: Command, dice: random.Random, seconds: fl
     return f"the second after {moment:.1f} s, exit status {codes[1]} and {codes[0]}"
 
 
-def damage(trial: Trial, command: Command, dice: random.Random) -> str:
+def damage(trial: Trial, command: Command, dice: random.Random, _: float) -> str:
     """Damage a file, see that it is refused in a sentence or does no harm, and mend it."""
     for pattern in command.first:
         for path in trial.folder.glob(pattern):
@@ -427,6 +402,9 @@ def damage(trial: Trial, command: Command, dice: random.Random) -> str:
     return f"{what}, refused"
 
 
+WAYS = {"kill": kill, "full disk": full_disk, "two at once": two_at_once, "damage": damage}
+
+
 def run_trial(seed: int, work: Path, whole: dict[str, tuple[Path, object, float]]) -> dict:
     """One trial; its row of the table. whole: undisturbed runs by their command, kept for others:
     the folder, the metrics and the seconds."""
@@ -446,19 +424,11 @@ def run_trial(seed: int, work: Path, whole: dict[str, tuple[Path, object, float]
         spent = time.monotonic() - start
         whole[command.line] = undisturbed.folder, undisturbed.metrics(command), spent
     folder, expected, seconds = whole[command.line]
-    start, trial, why, what = time.monotonic(), None, "", ""
-    with ExitStack() as stack:
-        source = folder if fault == "damage" else work / "checkout"
-        trial = Trial(work / str(seed), source)
+    start, why, what = time.monotonic(), "", ""
+    trial = Trial(work / str(seed), folder if fault == "damage" else work / "checkout")
+    with trial.stack:
         try:
-            if fault == "kill":
-                what = kill(trial, command, dice, seconds)
-            elif fault == "full disk":
-                what = full_disk(trial, command, dice, stack)
-            elif fault == "two at once":
-                what = two_at_once(trial, command, dice, seconds)
-            else:
-                what = damage(trial, command, dice)
+            what = WAYS[fault](trial, command, dice, seconds)
             if code := trial.run(command):
                 raise FaultError(f"exit status {code} of the next run: {trial.said[-300:]}")
             if trial.metrics(command) != expected:
@@ -508,7 +478,3 @@ def main(arguments: list[str] | None = None) -> None:
         run.finish({"trials": table.drop(columns="seconds")})
     if not table.survived.all():
         sys.exit(f"error: the folders of the trials that did not survive are in {work}")
-
-
-if __name__ == "__main__":
-    main()

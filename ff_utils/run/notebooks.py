@@ -207,13 +207,16 @@ def execute(
     from jupyter_client.kernelspec import KernelSpec
     from traitlets.config import Config
 
+    added = {"FF_PROGRESS": "plain", "FF_WORKING_DIR": str(utils.user_path("."))}
+    added |= environment or {}
+
     class Kernel(AsyncKernelManager):
         """A kernel of this Python, whatever kernel specifications are installed."""
 
         @property
         def kernel_spec(self) -> KernelSpec:
             command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-            return KernelSpec(argv=command, language="python", env=_environment(environment))
+            return KernelSpec(argv=command, language="python", env=added)
 
     if output.resolve() == notebook.resolve():
         raise ValueError(f"--output is {utils.relative(output)}, the notebook: give another file.")
@@ -252,11 +255,6 @@ def execute(
         raise _failure(notebook, temporary, failed, str(error)) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _environment(added: dict[str, str] | None) -> dict[str, str]:
-    """What a kernel's environment has beside this process's; its folder is another."""
-    return {"FF_PROGRESS": "plain", "FF_WORKING_DIR": str(utils.user_path("."))} | (added or {})
 
 
 @contextmanager

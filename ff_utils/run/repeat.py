@@ -44,7 +44,3 @@ def main(arguments: list[str] | None = None) -> None:
     if found := list(differences(*runs, "smoke")):
         sys.exit("\n".join(f"error: {difference}" for difference in found))
     print(f"the metrics of {len(runs[0])} records are the same in both, bit for bit, times apart")
-
-
-if __name__ == "__main__":
-    main()

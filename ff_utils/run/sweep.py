@@ -426,25 +426,16 @@ def _metric_rows(metrics: dict, wanted: dict | None) -> list[dict]:
         flat = pd.json_normalize(metrics).to_dict("records") or [{}]
         return [{name: v for name, v in flat[0].items() if not isinstance(v, list)}]
     listed = next((path.split("[]")[0] for path in wanted.values() if "[]" in path), None)
-    elements = _at(metrics, listed) if listed else None
+    elements = utils.value_at(metrics, listed) if listed else None
     rows = []
     for element in elements if isinstance(elements, list) and elements else [{}]:
         row = {}
         for name, path in wanted.items():
-            inside = path.partition("[]")[2].lstrip(".")
-            row[name] = _cell(_at(element, inside) if "[]" in path else _at(metrics, path))
+            _, inside, below = path.partition("[]")
+            place = (element, below) if inside else (metrics, path)
+            row[name] = _cell(utils.value_at(*place))
         rows.append(row)
     return rows
-
-
-def _at(value: object, path: str) -> object:
-    """What a dotted path leads to, a number being a place in a list; None where it ends early."""
-    for part in filter(None, path.split(".")):
-        try:
-            value = value[int(part)] if isinstance(value, list) else value[part]
-        except (LookupError, TypeError, ValueError):
-            return None
-    return value
 
 
 def _cell(value: object) -> object:
@@ -585,7 +576,7 @@ def _their_client(scheduler: str) -> "Client":
         ) from error
     try:
         client.wait_for_workers(1, timeout=SECONDS_TO_ANSWER)
-        roots = set(client.run(_root).values())
+        roots = set(client.run(lambda: utils.ROOT).values())
     except Exception as error:
         raise RuntimeError(
             f"{scheduler} has no workers that can import ff_utils ({error}): start them with this "
@@ -594,10 +585,6 @@ def _their_client(scheduler: str) -> "Client":
     if roots != {utils.ROOT}:
         raise RuntimeError(f"a worker of {scheduler} has another checkout: start it from this one.")
     return client
-
-
-def _root() -> Path:
-    return utils.ROOT
 
 
 def _kernels_of_a_machine(client: "Client") -> int:
