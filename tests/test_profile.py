@@ -1,10 +1,12 @@
 """Any network's training step: simulated, run for real and as PyTorch's own tracker has it."""
 
+import copy
 import json
 import pickle
 import pickletools
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from ff_utils.memory import compare
 from ff_utils.memory.pictures import snapshot, timeline_html
 from ff_utils.memory.profile import profile
 from ff_utils.memory.remedies import CHOICES, Remedies, TrainingStep
-from ff_utils.memory.simulation import CannotSimulateError, Simulation
+from ff_utils.memory.simulation import CannotSimulateError, simulating
 from ff_utils.memory.tracker import CATEGORIES
 
 ROOT = Path(__file__).parents[1]
@@ -228,12 +230,78 @@ def parts_of(found):
     return sum(sum(parts.values()) for parts in found.by_module.values())
 
 
-CONVERTED = {"bfloat16": converted, "placed": placed}
+def penalty():
+    """A step with the gradient of a gradient."""
+    network, (x, _) = encoder()
+    optimizer = torch.optim.SGD(network.parameters())
+
+    def step():
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(network(leaf).sum(), leaf, create_graph=True)
+        gradient.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
-@pytest.mark.parametrize("name", BUILDERS | CONVERTED)
+def moved_late(dtype=torch.float32):
+    """A step whose network is converted after its optimizer, its hook and its copy are made."""
+
+    def build():
+        network, (x, labels) = recurrent(nn.GRU)
+        optimizer = torch.optim.Adam(network.parameters())
+        network.head.weight.register_hook(lambda gradient: gradient * 2)
+        network.to(dtype).to("cpu")
+
+        def step():
+            functional.cross_entropy(network(x.to(dtype)), labels).backward()
+            average = copy.deepcopy(network).float()
+            optimizer.step()
+            optimizer.zero_grad()
+            return average
+
+        return step
+
+    return build
+
+
+def normalised(norm):
+    """A normalisation of what autocast computes in bfloat16."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = nn.Linear(8, 12), norm()
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.norm(self.first(x)).float()
+
+    return lambda: (Mixed(), (torch.randn(4, 8), torch.randn(4, 12)))
+
+
+def bags():
+    network = nn.Sequential(nn.EmbeddingBag(20, 8), nn.Linear(8, 1), nn.Flatten(0))
+    return network, (torch.randint(20, (6, 5)), torch.ones(6)), nn.SoftMarginLoss()
+
+
+# Where PyTorch's own simulation differs from its kernels, or refuses.
+UNLIKE_PYTORCHS = {
+    "bfloat16": converted,
+    "placed": placed,
+    "penalty": penalty,
+    "moved late": moved_late(),
+    "double late": moved_late(torch.float64),
+    "group norm": normalised(lambda: nn.GroupNorm(3, 12)),
+    "layer norm": normalised(lambda: nn.LayerNorm(12)),
+    "bags": bags,
+}
+
+
+@pytest.mark.parametrize("name", BUILDERS | UNLIKE_PYTORCHS)
 def test_simulated_step_is_the_real_one_to_the_byte(name):
-    builder = (BUILDERS | CONVERTED)[name]
+    builder = (BUILDERS | UNLIKE_PYTORCHS)[name]
     simulated, real = profile(builder), profile(builder, simulate=False)
     assert (simulated.instrument, real.instrument) == ("simulated", "tracked")
     assert simulated.by_category == real.by_category
@@ -257,7 +325,7 @@ def test_weights_of_a_truncated_normal_distribution_are_simulated():
 
 @pytest.mark.parametrize("name", [n for n in BUILDERS if n != "accumulation"])
 def test_peak_is_that_of_pytorchs_own_tracker(name):
-    with Simulation():
+    with simulating():
         built = BUILDERS[name]()
         network, batch = built if isinstance(built, tuple) else (None, None)
         step = built
@@ -402,6 +470,38 @@ def test_what_reads_data_is_named(how, name):
     assert profile(build, simulate=False).peak_bytes > 0
 
 
+def test_builder_gets_the_rows_by_a_name_that_says_so():
+    def build(width=8, *, batch=3):
+        return nn.Linear(width, 3), (torch.randn(batch, width), torch.randn(batch, 3))
+
+    def needs(length):
+        return build(batch=length)
+
+    def own(width=8):
+        return build(width)
+
+    for builder in (build, needs, own):
+        for simulate in (True, False):
+            found = profile(builder, rows=5, simulate=simulate)
+            assert found.by_category["inputs"] == 4 * 5 * (8 + 3)
+            assert found.by_category["parameters"] == 4 * 3 * (8 + 1)
+
+
+def test_module_that_is_copied_keeps_its_hooks_and_its_other_tensors():
+    def build(hook):
+        network, batch = cnn()
+        network[0][0].weight.register_hook(hook)
+        network.constant = torch.ones(3)
+        return network, batch
+
+    double = build(lambda gradient: gradient * 2)
+    assert profile(*double).by_module == profile(*double, simulate=False).by_module
+    with pytest.raises(CannotSimulateError, match="give a function that builds it"):
+        network, batch = cnn()
+        network.lock = threading.Lock()
+        profile(network, batch)
+
+
 def test_lstm_is_refused_and_measured_for_real():
     with pytest.raises(CannotSimulateError, match=r"nn.LSTM \(rnn\)"):
         profile(lambda: recurrent(nn.LSTM))
@@ -422,6 +522,15 @@ def test_bad_input_is_one_sentence():
         profile(lambda: (cnn()[0].to("meta"), (x, labels)))
     with pytest.raises(RuntimeError, match=r"bfloat16 and torch.float32: give tensors of one"):
         profile(lambda: (nn.Linear(8, 3), (torch.rand(4, 8).bfloat16(), torch.rand(4, 3))))
+    with pytest.raises(CannotSimulateError, match="TorchScript can't"):
+        profile(lambda: (torch.jit.script(nn.Linear(8, 3)), (torch.rand(4, 8), torch.rand(4, 3))))
+    with pytest.raises(ValueError, match="a builder returns"):
+        profile(lambda: (network, (x, labels), "mse"))
+    orthogonal = nn.utils.parametrizations.orthogonal
+    with pytest.raises(CannotSimulateError, match=r"^allclose in what builds it needs data"):
+        profile(lambda: (orthogonal(nn.Linear(8, 8)), (torch.rand(4, 8), torch.rand(4, 8))))
+    with pytest.raises(CannotSimulateError, match=r"^\.item\(\) in the optimizer needs data"):
+        profile(own_step(torch.optim.ASGD))
     with pytest.raises(CannotSimulateError, match="lazy modules"):
         profile(lambda: (nn.LazyLinear(3), (torch.rand(4, 8), torch.rand(4, 3))))
     with pytest.raises(ValueError, match="trains nothing"):
@@ -547,13 +656,18 @@ def test_bisection_finds_the_last_that_fits():
 def test_command_line_prints_json_and_files(tmp_path, capsys):
     builder = tmp_path / "mine.py"
     builder.write_text(
-        "import torch\nfrom torch import nn\n\ndef build(rows=4):\n"
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "import torch\nfrom torch import nn\nfrom beside import WIDTH\n"
+        "\n@dataclass\nclass Size:\n    width: int = WIDTH\n\ndef build(rows=4):\n"
+        "    print('building')\n"
         "    layers = [nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)]\n"
         "    return nn.Sequential(*layers), (torch.randn(rows, 8), torch.randint(8, (rows,)))\n"
         "\ndef broken():\n    raise KeyError('weights')\n"
+        "\ndef ended():\n    raise SystemExit(0)\n"
         "\ndef step():\n    network, batch = build()\n"
         "    def train():\n        network(batch[0]).sum().backward()\n    return train\n"
     )
+    (tmp_path / "beside.py").write_text("WIDTH = 8\n")
     page, pickled = tmp_path / "t.html", tmp_path / "s.pickle"
     command = ["--network", f"{builder}:build", "--batch", "6", "--json"]
     compare.main([*command, "--timeline", str(page), "--snapshot", str(pickled)])
@@ -569,16 +683,25 @@ def test_command_line_prints_json_and_files(tmp_path, capsys):
     for wrong, says in {
         f"{builder}:missing": "no function 'missing'",
         f"{builder}:broken": "KeyError",
-        f"{tmp_path}/no.py:build": "no file",
+        f"{builder}:ended": "SystemExit",
+        f"{tmp_path}/t.html:build": "no Python file",
+        f"{tmp_path}/no.py:build": "no Python file",
         "mine.py": "FILE.py:BUILDER",
     }.items():
         with pytest.raises(SystemExit):
             compare.main(["--network", wrong])
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1
-    with pytest.raises(SystemExit):
-        compare.main([*command[:2], "--budget", "lots"])
-    assert "8GB" in capsys.readouterr().err
+    for options, says in {
+        ("--budget", "lots"): "8GB",
+        ("--budget", "1..2GB"): "8GB",
+        ("--measure", "--budget", "lots"): "8GB",
+        ("--measure", "--optimizer", "adams"): "choose one of: adam",
+        ("--blocks", ","): "'' is no module",
+    }.items():
+        with pytest.raises(SystemExit):
+            compare.main([*command[:2], *options])
+        assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from ff_utils.config import Batch, TrainConfig
@@ -44,7 +44,7 @@ def find_blocks(network: nn.Module, names: Sequence[str] | None = None) -> list[
     """
     if names:
         known = dict(network.named_modules())
-        if unknown := [name for name in names if name not in known]:
+        if unknown := [name for name in names if not name or name not in known]:
             raise ValueError(f"blocks: {unknown[0]!r} is no module of {type(network).__name__}.")
         if len(set(names)) < len(names):
             raise ValueError("blocks: a name is given twice.")
@@ -91,12 +91,12 @@ def task_loss(
     if getattr(output, "loss", None) is not None:
         return output.loss
     output = getattr(output, "logits", output)
+    if not torch.is_tensor(output) or (labels is None and output.numel() != 1):
+        raise ValueError(
+            f"{type(network).__name__} returns no loss: give labels, as (inputs, labels), or a "
+            "loss, as (network, batch, loss)."
+        )
     if labels is None:
-        if not torch.is_tensor(output) or output.numel() != 1:
-            raise ValueError(
-                f"{type(network).__name__} returns no loss: give labels, as (inputs, labels), or a "
-                "loss, as (network, batch, loss)."
-            )
         return output
     if labels.is_floating_point():
         return functional.mse_loss(output, labels)
@@ -132,6 +132,12 @@ def chunked_cross_entropy(
     return total / len(labels)
 
 
+def batch_rows(batch: object) -> int:
+    """The length of a batch's first tensor that has one; else 1."""
+    lengths = (len(t) for t in tree_leaves(batch) if torch.is_tensor(t) and t.dim())
+    return next(lengths, 1)
+
+
 def split_tensors(batch: object, parts: int, short: bool = False) -> list[tuple[object, float]]:
     """`batch` in up to `parts` micro-batches, each with its share of the rows.
 
@@ -139,7 +145,7 @@ def split_tensors(batch: object, parts: int, short: bool = False) -> list[tuple[
     first two parts and the last one, which is enough to simulate the memory of all.
     """
     leaves, structure = tree_flatten(batch)
-    rows = next((len(leaf) for leaf in leaves if torch.is_tensor(leaf) and leaf.dim()), 1)
+    rows = batch_rows(leaves)
     if (parts := min(parts, rows)) == 1:
         return [(batch, 1.0)]
     split = [

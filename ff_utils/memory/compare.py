@@ -7,22 +7,25 @@ import argparse
 import importlib.util
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from functools import partial
 
 import pandas as pd
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from ff_utils.ff.blocks import find_blocks
+from ff_utils.ff.blocks import batch_rows, find_blocks
 from ff_utils.memory import pictures
 from ff_utils.memory.measure import finish
 from ff_utils.memory.profile import Profile, StepTracker, profile, watch
 from ff_utils.memory.remedies import CHOICES, PLAIN, Remedies, TrainingStep, large_head
-from ff_utils.memory.simulation import CannotSimulateError, Simulation, build, explained
-from ff_utils.utils import default_device, format_bytes, track, user_path
+from ff_utils.memory.simulation import CannotSimulateError, build, explained, simulating
+from ff_utils.optimizers import TORCH_OPTIMIZERS
+from ff_utils.utils import check_choice, default_device, format_bytes, track, user_path
 
 LARGEST_BATCH = 2**24
 ENOUGH_SECONDS = 10.0  # of steps that are timed
@@ -115,7 +118,7 @@ def measure_choices(
             kind = {"network_loss": loss, "blocks": blocks, "optimizer": optimizer}
             step = TrainingStep(module, remedies, **kind)
             table[-1] |= _measured(partial(step, *batch), module, device, repeats)
-            samples = next(len(leaf) for leaf in tree_leaves(batch) if torch.is_tensor(leaf))
+            samples = batch_rows(batch)
             table[-1]["per_second"] = samples / table[-1]["seconds"]
         except (RuntimeError, MemoryError, ValueError, IndexError) as error:
             table[-1]["note"] = (str(error).splitlines() or [type(error).__name__])[0]
@@ -167,14 +170,14 @@ def choices_for(
 
     Where the logits are large, all but "as it is" compute the loss in chunks.
     """
-    with Simulation(), explained():
+    with simulating(), explained(lambda: "what builds it"):
         built = build(builder, rows=rows)
     if not isinstance(built, tuple):
         return {"as it is": (PLAIN, "")}
     module, batch, loss = built
     if blocks:
         find_blocks(module, blocks)
-    samples = next(len(leaf) for leaf in tree_leaves(batch) if torch.is_tensor(leaf))
+    samples = batch_rows(batch)
     chunks = large_head(module) is not None and loss is None and not isinstance(batch[0], dict)
     found = {}
     for name, remedies in CHOICES.items():
@@ -199,12 +202,12 @@ def largest_batch(
     By bisection; peaks are nearly linear in the rows, so that each try is where a line through
     the last two says.
     """
-    with Simulation(), StepTracker() as tracker:
+    with simulating(), StepTracker() as tracker:
         module, batch, loss = build(builder)
         step = TrainingStep(
             module, remedies, network_loss=loss, blocks=blocks, optimizer=optimizer, short=True
         )
-        rows = next(len(leaf) for leaf in tree_leaves(batch) if torch.is_tensor(leaf))
+        rows = batch_rows(batch)
         shapes = tree_map_only(torch.Tensor, lambda t: t.to("meta"), batch)
         del batch
         tracker.hold(module)
@@ -258,7 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--batch", type=int, help="rows (default: the builder's own)")
     parser.add_argument("--blocks", help="names of its blocks, by commas (default: found)")
-    parser.add_argument("--optimizer", default="adam", help="adam or sgd")
+    parser.add_argument("--optimizer", default="adam", help="adam, adam_8bit or sgd")
     parser.add_argument("--budget", help="memory on the device, such as 8GB: what fits?")
     parser.add_argument("--real", action="store_true", help="run the plain step, don't simulate")
     parser.add_argument(
@@ -269,58 +272,48 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--snapshot", metavar="FILE.pickle", help="for PyTorch's memory viewer")
     options = parser.parse_args(arguments)
     try:
-        builder = load_builder(options.network)
-        if options.batch is not None and options.batch < 1:
-            raise ValueError(f"--batch is {options.batch}: it must be at least 1.")
-        for path in filter(None, (options.timeline, options.snapshot)):
-            if not user_path(path).parent.is_dir() or user_path(path).is_dir():
-                raise ValueError(f"{path} can't be written: give a file in a folder that exists.")
-        if options.measure:
-            _print_measured(options)
-            return
-        budget = parse_bytes(options.budget) if options.budget else None
-        blocks = options.blocks.split(",") if options.blocks else None
-        plain = profile(
-            builder,
-            rows=options.batch,
-            simulate=not options.real,
-            optimizer=options.optimizer,
-        )
-        if options.timeline:
-            user_path(options.timeline).write_text(pictures.timeline_html(plain, options.network))
-        if options.snapshot:
-            pictures.write_snapshot(plain, user_path(options.snapshot))
-        table = None
-        if not options.real:
-            table = compare(
-                builder,
-                rows=options.batch,
-                blocks=blocks,
-                optimizer=options.optimizer,
-                budget=budget,
-            )
+        with redirect_stdout(sys.stderr):  # what the user's own code prints
+            plain, table = _answer(options)
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
-    except Exception as error:  # of the user's own code
+    except (Exception, SystemExit) as error:  # of the user's own code
         first = (str(error).splitlines() or ["no message"])[0]
         parser.exit(2, f"error: {options.network} raised {type(error).__name__}: {first}\n")
     if options.json:
-        print(json.dumps(_as_json(options.network, plain, table)))
+        rows = [] if table is None else json.loads(table.to_json(orient="records"))
+        print(json.dumps(rows if plain is None else _as_json(options.network, plain, rows)))
+    elif plain is None:
+        _print_measured(options.network, table)
     else:
         _print(options.network, plain, table)
 
 
-def _print_measured(options: argparse.Namespace) -> None:
-    table = measure_choices(
-        load_builder(options.network),
-        rows=options.batch,
-        blocks=options.blocks.split(",") if options.blocks else None,
-        optimizer=options.optimizer,
-    )
-    if options.json:
-        print(table.to_json(orient="records"))
-        return
-    print(f"{options.network}, measured on {table.device[0]}\n")
+def _answer(options: argparse.Namespace) -> tuple[Profile | None, pd.DataFrame | None]:
+    """The plain step's profile and the table, or None and the table of what was measured."""
+    if options.batch is not None and options.batch < 1:
+        raise ValueError(f"--batch is {options.batch}: it must be at least 1.")
+    check_choice("--optimizer", options.optimizer, TORCH_OPTIMIZERS)
+    for path in filter(None, (options.timeline, options.snapshot)):
+        if not user_path(path).parent.is_dir() or user_path(path).is_dir():
+            raise ValueError(f"{path} can't be written: give a file in a folder that exists.")
+    budget = parse_bytes(options.budget) if options.budget else None
+    builder = load_builder(options.network)
+    blocks = options.blocks.split(",") if options.blocks else None
+    kind = {"rows": options.batch, "optimizer": options.optimizer}
+    if options.measure:
+        return None, measure_choices(builder, blocks=blocks, **kind)
+    plain = profile(builder, simulate=not options.real, **kind)
+    if options.timeline:
+        user_path(options.timeline).write_text(pictures.timeline_html(plain, options.network))
+    if options.snapshot:
+        pictures.write_snapshot(plain, user_path(options.snapshot))
+    if options.real:
+        return plain, None
+    return plain, compare(builder, blocks=blocks, budget=budget, **kind)
+
+
+def _print_measured(network: str, table: pd.DataFrame) -> None:
+    print(f"{network}, measured on {table.device[0]}\n")
     print(f"{'':46}{'peak':>9}{'step':>10}{'a second':>10}")
     for row in table.itertuples():
         if row.note:
@@ -336,10 +329,12 @@ def load_builder(place: str) -> Callable[..., object]:
     if not colon or not name.isidentifier():
         raise ValueError(f"--network is {place!r}: write FILE.py:BUILDER.")
     path = user_path(file)
-    if not path.is_file():
-        raise ValueError(f"--network: there is no file {file}.")
+    if not path.is_file() or path.suffix != ".py":
+        raise ValueError(f"--network: there is no Python file {file}.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # as dataclasses and pickle want it
+    sys.path.append(str(path.parent))  # for what the file imports from its own folder
     spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
         known = [n for n, value in vars(module).items() if callable(value)]
@@ -349,18 +344,17 @@ def load_builder(place: str) -> Callable[..., object]:
 
 def parse_bytes(text: str) -> int:
     """Bytes of "8GB", "500 MB" or "2e9"."""
-    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d+\.?\d*(?:e\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
     if not found or not float(found[1]):
         raise ValueError(f"--budget is {text!r}: write it as 8GB or 500MB.")
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
-def _as_json(network: str, plain: Profile, table: pd.DataFrame | None) -> dict:
+def _as_json(network: str, plain: Profile, rows: list[dict]) -> dict:
     fields = asdict(replace(plain, timeline=[], running=[], events=[]))
     for name in ("timeline", "running", "events"):
         del fields[name]
-    choices = [] if table is None else json.loads(table.to_json(orient="records"))
-    return {"network": network, **fields, "choices": choices}
+    return {"network": network, **fields, "choices": rows}
 
 
 def _print(network: str, plain: Profile, table: pd.DataFrame | None) -> None:

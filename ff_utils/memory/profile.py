@@ -9,7 +9,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -28,10 +28,10 @@ from ff_utils.ff.blocks import call
 from ff_utils.memory.remedies import PLAIN, Remedies, TrainingStep
 from ff_utils.memory.simulation import (
     CannotSimulateError,
-    Simulation,
     active_simulation,
     build,
     explained,
+    simulating,
 )
 from ff_utils.memory.tracker import CATEGORIES, MemoryTracker
 from ff_utils.utils import HOST
@@ -304,13 +304,15 @@ def profile(
         (see `blocks.task_loss` for the default); a builder, a function that returns (module,
         batch), (module, batch, loss) or a step; or a step, a function that trains once (for real
         only: a simulation must see its tensors made).
-    rows: length of the batch. simulate: False runs the step for real.
+    rows: length of the batch. A builder gets it as its parameter rows, batch, batch_size or n, or
+        as the first one without a default; else its batch is cut or repeated.
+    simulate: False runs the step for real.
     remedies, blocks, optimizer: as in `remedies.TrainingStep`. short: only the peak; of many
         micro-batches the first two and the last are run, no arithmetic is counted, no evaluation.
     Raises CannotSimulateError or another ValueError with what to change.
     """
-    with Simulation() if simulate else nullcontext():
-        with explained():
+    with simulating() if simulate else nullcontext():
+        with explained(lambda: "what builds it"):
             built = build(what, batch, loss, rows)
         if not isinstance(built, tuple):
             return watch(built)
@@ -342,7 +344,10 @@ def watch(
     """
     tracker = StepTracker()
     counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
-    with explained(lambda: tracker.failed_in), tracker:
+    counter.mod_tracker = nullcontext()  # not by module: its hooks refuse some gradients
+    counter.mod_tracker.parents = {"Global"}
+    place = lambda: tracker.failed_in or ("the optimizer" if tracker._in_optimizer else "")  # noqa: E731
+    with explained(place), tracker:
         if module is not None:
             tracker.hold(module)
         with counter if count else nullcontext():
@@ -369,6 +374,7 @@ def watch(
         )
         if evaluate is not None:
             tracker.restart()
-            evaluate()
-            result.evaluation_peak_bytes = tracker.peak_bytes
+            with suppress(RuntimeError) if tracker.simulated else nullcontext():
+                evaluate()
+                result.evaluation_peak_bytes = tracker.peak_bytes
     return result

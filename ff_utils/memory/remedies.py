@@ -118,7 +118,8 @@ class TrainingStep:
         if remedies.checkpoint:
             checkpoint_blocks(network, blocks)
         groups = [[p] for p in parameters] if remedies.in_backward else [parameters]
-        self.optimizers = [TORCH_OPTIMIZERS[optimizer](group, fused=True) for group in groups]
+        fused = all(p.is_floating_point() for p in parameters)  # else there is no such kernel
+        self.optimizers = [TORCH_OPTIMIZERS[optimizer](group, fused=fused) for group in groups]
         if remedies.in_backward:
             for parameter, own in zip(parameters, self.optimizers, strict=True):
                 parameter.register_post_accumulate_grad_hook(lambda _, own=own: self._update(own))

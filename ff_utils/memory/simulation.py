@@ -5,6 +5,8 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -18,6 +20,8 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.modules import module as hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ff_utils.ff.blocks import batch_rows
+
 # An error of the step is raised; PyTorch would log it too.
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
@@ -27,17 +31,26 @@ aten = torch.ops.aten
 REDUCED_IN_PLACE = {
     aten.mse_loss.default,
     aten.smooth_l1_loss.default,
+    aten.soft_margin_loss.default,
     aten.binary_cross_entropy.default,
 }
-# Their statistics have the weights' precision, not the input's.
-BATCH_NORMS = {aten.native_batch_norm.default, aten._native_batch_norm_legit.default}
-
+# Their statistics have the weights' precision, not the input's; where the weights are among the
+# arguments.
+NORMS = {
+    aten.native_batch_norm.default: 1,
+    aten._native_batch_norm_legit.default: 1,
+    aten.native_group_norm.default: 1,
+    aten.native_layer_norm.default: 2,
+}
+GROUP_NORM_BACKWARD = aten.native_group_norm_backward.default
 # Its gradient lies in order, whatever the order of the one that comes in.
 LAYER_NORM_BACKWARD = aten.native_layer_norm_backward.default
 # Their kernels want one precision, which simulations do not check.
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 # Products of experts, which run in any precision, but are simulated in bfloat16 only.
 GROUPED_PRODUCT = aten._grouped_mm.default
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+ROWS = ("rows", "batch", "batch_size", "n")  # parameters of a builder that are a batch's length
 
 
 class CannotSimulateError(ValueError):
@@ -71,11 +84,27 @@ class Simulation(FakeTensorMode):
             elements = torch.broadcast_shapes(args[0].shape, args[1].shape).numel()
             whole = torch.empty(elements, dtype=result.dtype, device="meta").resize_(())
             return FakeTensor(self, whole, result.device)
-        if function in BATCH_NORMS and args[1] is not None and args[1].dtype != args[0].dtype:
-            return (result[0], *(statistic.to(args[1].dtype) for statistic in result[1:]))
+        if function in NORMS:
+            weight = args[NORMS[function]]
+            if weight is not None and weight.dtype != args[0].dtype:
+                return (result[0], *(statistic.to(weight.dtype) for statistic in result[1:]))
         if function is LAYER_NORM_BACKWARD and result[0] is not None:
             return (result[0].contiguous(), *result[1:])
+        if function is GROUP_NORM_BACKWARD and result[0] is not None:
+            return (result[0].to(args[1].dtype), *result[1:])
+        if function is aten.mse_loss_backward.default:
+            return result.to(args[1].dtype)
+        if function is aten._embedding_bag.default and len(result[1]):  # one element more is kept
+            bags = torch.empty(len(args[1]) + 1, dtype=args[1].dtype, device="meta")[:-1]
+            return (result[0], FakeTensor(self, bags, result[1].device), *result[2:])
         return result
+
+
+@contextmanager
+def simulating() -> Iterator[Simulation]:
+    """A simulation in which networks can be built, converted and copied."""
+    with Simulation() as simulation, _without_data():
+        yield simulation
 
 
 def active_simulation() -> FakeTensorMode | None:
@@ -96,14 +125,20 @@ def build(
             built = (built,)
         if not isinstance(built, (tuple, list)):
             return built if callable(built) else what
-    if not (2 <= len(built) <= 3 and isinstance(built[0], nn.Module)) or built[1] is None:
+    batched = 2 <= len(built) <= 3 and isinstance(built[0], nn.Module) and built[1] is not None
+    if not batched or (built[2:] and built[2] is not None and not callable(built[2])):
         raise ValueError(
             f"{getattr(what, '__name__', type(what).__name__)} gives {_kinds(built)}: a builder "
             "returns (module, batch), (module, batch, loss) or a step."
         )
     module, batch, loss = (*built, None)[:3]
-    if any(parameter.is_meta for parameter in module.parameters()):
-        raise ValueError("the network is on the device meta: build it on the CPU or a GPU.")
+    tensors = filter(torch.is_tensor, [*module.parameters(), *tree_leaves(batch)])
+    if any(tensor.is_meta for tensor in tensors):
+        raise ValueError("the network or batch is on the device meta: use the CPU or a GPU.")
+    if simulation and any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        raise CannotSimulateError(
+            "TorchScript can't be simulated: give the plain module, or use simulate=False (--real)."
+        )
     if simulation:
         batch = tree_map_only(torch.Tensor, _fake(simulation), batch)
     return module.train(), resized(_inputs_and_labels(batch), rows), loss
@@ -127,12 +162,11 @@ def _inputs_and_labels(batch: object) -> tuple[object, torch.Tensor | None]:
 
 def resized(batch: tuple, rows: int | None) -> tuple:
     """The batch with `rows` rows: every tensor as long as the first one becomes so long."""
-    first = next((leaf for leaf in tree_leaves(batch) if torch.is_tensor(leaf)), None)
-    if first is not None and first.dim() and not len(first):
+    now = batch_rows(batch)
+    if now == 0:
         raise ValueError("the batch has no rows: give at least one.")
-    if rows is None or first is None or len(first) == rows:
+    if rows is None or now == rows:
         return batch
-    now = len(first)
     return tree_map_only(
         torch.Tensor,
         lambda t: t[torch.arange(rows) % now] if t.dim() and len(t) == now else t,
@@ -145,16 +179,20 @@ def _call_builder(builder: Callable, rows: int | None, simulation: Simulation | 
 
     Networks that compute with real numbers when built (a schedule of dropout rates) are such.
     """
-    try:
-        takes_rows = bool(inspect.signature(builder).parameters)
-    except (TypeError, ValueError):
-        takes_rows = False
-    arguments = (rows,) if takes_rows and rows is not None else ()
+    arguments = {}
+    if rows is not None:
+        try:
+            parameters = inspect.signature(builder).parameters.values()
+        except (TypeError, ValueError):
+            parameters = ()
+        named = (p.name for p in parameters if p.name in ROWS)
+        needed = (p.name for p in parameters if p.default is p.empty and p.kind not in VARIADIC)
+        name = next(chain(named, needed), None)
+        arguments = {name: rows} if name else {}
     if simulation is None:
-        return builder(*arguments)
+        return builder(**arguments)
     try:
-        with _building():
-            return builder(*arguments)
+        return builder(**arguments)
     except (DataDependentOutputException, DynamicOutputShapeException, RuntimeError) as error:
         if isinstance(error, UnsupportedOperatorException):
             raise
@@ -163,8 +201,8 @@ def _call_builder(builder: Callable, rows: int | None, simulation: Simulation | 
             lambda module, name, parameter: fake(parameter) if parameter is not None else None
         )
         try:
-            with _paused(simulation), _building():
-                built = builder(*arguments)
+            with _paused(simulation):
+                built = builder(**arguments)
         except Exception:
             raise error from None
         finally:
@@ -178,16 +216,15 @@ def _call_builder(builder: Callable, rows: int | None, simulation: Simulation | 
 
 
 @contextmanager
-def _building() -> Iterator[None]:
-    """Let networks be built that have no data.
+def _without_data() -> Iterator[None]:
+    """Let PyTorch do with simulated networks what it does with others.
 
     Initial values drawn from a truncated normal distribution are not drawn: PyTorch looks at what
-    it has drawn, to draw again what lies beyond the bounds. Where a network is converted, as by
-    `.half()`, its tensors are replaced: PyTorch would swap their content, which simulated ones
-    refuse.
+    it has drawn, to draw again what lies beyond the bounds. A parameter that is converted, as by
+    `.half()`, gets other data: PyTorch would swap it with another, which simulated ones refuse.
+    The copy of a parameter has no gradient, as that of a real one.
     """
-    draw, apply = nn.init._no_grad_trunc_normal_, nn.Module._apply
-    converted: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by id: the old one, the new one
+    draw = nn.init._no_grad_trunc_normal_
 
     def draw_numbers(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         return tensor if isinstance(tensor, FakeTensor) else draw(tensor, *args, **kwargs)
@@ -197,20 +234,38 @@ def _building() -> Iterator[None]:
             child._apply(function)
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
-                if tensor is not None and id(tensor) not in converted:
-                    new = function(tensor.detach())
-                    if isinstance(tensor, nn.Parameter):
-                        new = nn.Parameter(new, tensor.requires_grad)
-                    converted[id(tensor)] = tensor, new
                 if tensor is not None:
-                    store[name] = converted[id(tensor)][1]
+                    store[name] = _converted(tensor, function)
         return module
 
-    nn.init._no_grad_trunc_normal_, nn.Module._apply = draw_numbers, convert
-    try:
+    def copied(tensor: torch.Tensor, memo: dict) -> torch.Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            return torch.Tensor.__deepcopy__(tensor, memo)
+        if id(tensor) not in memo:
+            memo[id(tensor)] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+        return memo[id(tensor)]
+
+    with (
+        patch.object(nn.init, "_no_grad_trunc_normal_", draw_numbers),
+        patch.object(nn.Module, "_apply", convert),
+        patch.object(FakeTensor, "__deepcopy__", copied),
+    ):
         yield
-    finally:
-        nn.init._no_grad_trunc_normal_, nn.Module._apply = draw, apply
+
+
+def _converted(tensor: torch.Tensor, function: Callable) -> torch.Tensor:
+    """What `nn.Module._apply` makes of a parameter or buffer; parameters stay the same objects."""
+    with torch.no_grad():
+        new = function(tensor)
+    if not isinstance(tensor, nn.Parameter):
+        return new
+    if new.device != tensor.device:
+        return nn.Parameter(new, tensor.requires_grad)
+    if new.untyped_storage()._cdata != tensor.untyped_storage()._cdata:
+        tensor.data = new
+        if tensor.grad is not None:
+            tensor.grad.data = function(tensor.grad)
+    return tensor
 
 
 @contextmanager
@@ -229,8 +284,18 @@ def _fake(simulation: Simulation) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _copied(module: nn.Module, simulation: Simulation) -> nn.Module:
     """A copy of `module` whose tensors are of the simulation; what is shared stays shared."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(t): _fake(simulation)(t) for t in tensors})
+    fake, memo = _fake(simulation), {}
+    try:
+        for tensor in filter(torch.is_tensor, tree_leaves([vars(p) for p in module.modules()])):
+            made = memo[id(tensor)] = fake(tensor)
+            for hook in (tensor._backward_hooks or {}).values():
+                made.register_hook(hook)
+        return copy.deepcopy(module, memo)
+    except (RuntimeError, TypeError) as error:
+        raise CannotSimulateError(
+            f"{type(module).__name__} can't be copied into a simulation: give a function that "
+            "builds it."
+        ) from error
 
 
 @contextmanager
@@ -246,7 +311,10 @@ def explained(place: Callable[[], str] = str) -> Iterator[None]:
     except NotImplementedError as error:
         if "storage" not in str(error):
             raise
-        raise ValueError("this step makes sparse tensors, whose bytes can't be counted.") from error
+        raise ValueError(
+            "this step makes tensors without a storage of their own (sparse ones, or those of "
+            "torch.func), whose bytes can't be counted."
+        ) from error
     except RuntimeError as error:
         if "UninitializedParameter" in str(error):
             raise CannotSimulateError(
