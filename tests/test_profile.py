@@ -496,6 +496,9 @@ def test_module_that_is_copied_keeps_its_hooks_and_its_other_tensors():
 
     double = build(lambda gradient: gradient * 2)
     assert profile(*double).by_module == profile(*double, simulate=False).by_module
+    tied, batch = small()  # whose shared weight has its hook once
+    tied.head.weight.register_hook(lambda gradient: gradient * 2)
+    assert profile(tied, batch).by_module == profile(tied, batch, simulate=False).by_module
     with pytest.raises(CannotSimulateError, match="give a function that builds it"):
         network, batch = cnn()
         network.lock = threading.Lock()

@@ -99,7 +99,7 @@ class StepTracker(MemoryTracker):
         self.where = ("", "", "")
         self.peak_events = 0
         self.running: list[str] = []  # the module of each operation of the timeline
-        self.simulated, self.trains, self.failed_in = False, False, ""
+        self.simulated, self.trains, self._failed_module = False, False, ""
         self._operation = ""
         self._module_of: dict[int, tuple[int, str]] = {}  # a storage's number and module
         self._names: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -213,7 +213,11 @@ class StepTracker(MemoryTracker):
         if self._stack:
             name, _ = self._stack.pop()
             if sys.exc_info()[0] is not None:
-                self.failed_in = self.failed_in or name
+                self._failed_module = self._failed_module or name
+
+    def failed_in(self) -> str:
+        """The module or the optimizer that an error came from, if it was one of them."""
+        return self._failed_module or ("the optimizer" if self._in_optimizer else "")
 
     def _enter_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         for group in optimizer.param_groups:
@@ -346,8 +350,7 @@ def watch(
     counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
     counter.mod_tracker = nullcontext()  # not by module: its hooks refuse some gradients
     counter.mod_tracker.parents = {"Global"}
-    place = lambda: tracker.failed_in or ("the optimizer" if tracker._in_optimizer else "")  # noqa: E731
-    with explained(place), tracker:
+    with explained(tracker.failed_in), tracker:
         if module is not None:
             tracker.hold(module)
         with counter if count else nullcontext():

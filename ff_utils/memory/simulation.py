@@ -179,16 +179,7 @@ def _call_builder(builder: Callable, rows: int | None, simulation: Simulation | 
 
     Networks that compute with real numbers when built (a schedule of dropout rates) are such.
     """
-    arguments = {}
-    if rows is not None:
-        try:
-            parameters = inspect.signature(builder).parameters.values()
-        except (TypeError, ValueError):
-            parameters = ()
-        named = (p.name for p in parameters if p.name in ROWS)
-        needed = (p.name for p in parameters if p.default is p.empty and p.kind not in VARIADIC)
-        name = next(chain(named, needed), None)
-        arguments = {name: rows} if name else {}
+    arguments = {} if rows is None else _rows_argument(builder, rows)
     if simulation is None:
         return builder(**arguments)
     try:
@@ -213,6 +204,18 @@ def _call_builder(builder: Callable, rows: int | None, simulation: Simulation | 
                     if torch.is_tensor(value):
                         store[name] = fake(value)
         return built
+
+
+def _rows_argument(builder: Callable, rows: int) -> dict[str, int]:
+    """`rows` by the name of the parameter that wants it, if one does."""
+    try:
+        parameters = inspect.signature(builder).parameters.values()
+    except (TypeError, ValueError):
+        return {}
+    named = (p.name for p in parameters if p.name in ROWS)
+    needed = (p.name for p in parameters if p.default is p.empty and p.kind not in VARIADIC)
+    name = next(chain(named, needed), None)
+    return {name: rows} if name else {}
 
 
 @contextmanager
@@ -284,10 +287,11 @@ def _fake(simulation: Simulation) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _copied(module: nn.Module, simulation: Simulation) -> nn.Module:
     """A copy of `module` whose tensors are of the simulation; what is shared stays shared."""
+    tensors = filter(torch.is_tensor, tree_leaves([vars(part) for part in module.modules()]))
     fake, memo = _fake(simulation), {}
     try:
-        for tensor in filter(torch.is_tensor, tree_leaves([vars(p) for p in module.modules()])):
-            made = memo[id(tensor)] = fake(tensor)
+        for key, tensor in {id(tensor): tensor for tensor in tensors}.items():
+            made = memo[key] = fake(tensor)
             for hook in (tensor._backward_hooks or {}).values():
                 made.register_hook(hook)
         return copy.deepcopy(module, memo)
