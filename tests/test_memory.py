@@ -322,7 +322,8 @@ def test_extended_grid_is_what_simulating_the_deep_point_gives():
     assert memory.extended(table[:6], 3).equals(table[:6])
 
 
-def test_metrics_of_the_ledger_are_what_their_names_say():
+def test_metrics_of_the_ledger_are_what_their_names_say(monkeypatch):
+    monkeypatch.setattr(original, "DATASET_ROWS", 400)
     found = memory.memory_metrics(hidden=60, images=80, depth=3)
 
     def peak(arm, depth=3, rows=None, optimizer="adam"):
@@ -470,10 +471,9 @@ def test_command_prints_a_table_whose_columns_never_run_together(capsys):
     assert all("  " in line.strip() for line in table)
 
 
-def test_command_prints_one_json_object():
-    command = [sys.executable, "-m", "ff_utils.memory", "--hidden", "20", "--batch", "20", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    report = json.loads(done.stdout)
+def test_command_prints_one_json_object(capsys):
+    MODULE.main(["--hidden", "20", "--batch", "20", "--json"])
+    report = json.loads(capsys.readouterr().out)
     assert {"arm", "depth", "hidden", "batch", "instrument", "predicted_bytes"} <= set(report)
     assert sum(report["breakdown"].values()) == report["peak_bytes"]
 

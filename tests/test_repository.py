@@ -324,7 +324,7 @@ def test_make_refuses_an_unknown_profile(clone, profile):
 
 
 def test_make_trims_a_profile_and_works_only_where_the_repository_is(clone):
-    assert "smoke/01_" in make(clone, "-n", "01", "PROFILE= smoke ").stdout
+    assert "paper/01_" in make(clone, "-n", "01", "PROFILE= paper ").stdout
     done = make(clone / "data", "-f", "../Makefile", "help")
     assert "make runs in the repository's folder, as in: make -C FOLDER help" in done.stderr
 

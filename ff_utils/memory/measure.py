@@ -48,7 +48,7 @@ from ff_utils.utils import (
 )
 
 INSTRUMENTS = ("simulated", "tracked", "rss", "cuda")
-MANY_LAYERS = 100  # simulations of so many layers are worth the start of more processes
+MANY_LAYERS = 300  # simulations of so many layers are worth the start of more processes
 PROBES = (1600, 3200)  # rows at which the saving map is simulated
 _simulated: dict[tuple[str, Sizes], "Report"] = {}  # what this process knows already
 
