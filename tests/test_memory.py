@@ -53,6 +53,12 @@ def test_tracked_is_simulated_to_the_byte(arm):
     assert found(arm, key, instrument="tracked") == found(arm, key)
 
 
+@pytest.mark.parametrize("arm", ["backprop_recursive", "ff_hard_negatives_recomputed"])
+def test_timeline_has_the_operations_of_a_real_step(arm):
+    simulated = memory.timeline(arm, depth=2, hidden=30, batch=40)
+    assert simulated == build(arm, Sizes(2, 30, 40)).track().timeline
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_counter_is_what_the_allocator_handed_out(arm, monkeypatch):
     monkeypatch.setattr(original, "DATASET_ROWS", 500)

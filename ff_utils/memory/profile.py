@@ -256,10 +256,8 @@ class StepTracker(MemoryTracker):
             self.where = (phase, self._now(), self._operation)
             self.peak_events = len(self.events)
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def _run(self, function: Callable, args: tuple, kwargs: dict) -> object:
         """Run one operation; count what it reads that was made before, and what it returns."""
-        if function is torch.ops.prim.device.default:  # a question that only simulations ask
-            return function(*args, **(kwargs or {}))
         self._operation = str(function)
         if function is not aten.lift_fresh.default:  # its argument is its result
             for leaf in tree_leaves((args, kwargs)):
@@ -274,7 +272,7 @@ class StepTracker(MemoryTracker):
             # An operation's autograd node has been made just before it runs.
             node = torch.autograd._get_sequence_nr() - 1
             self._differentiated.setdefault(node, self._stack[-1][0] if self._stack else STEP)
-        result = super().__torch_dispatch__(function, types, args, kwargs)
+        result = super()._run(function, args, kwargs)
         self.running.append(self._now())
         return result
 

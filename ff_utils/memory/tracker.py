@@ -94,8 +94,14 @@ class MemoryTracker(TorchDispatchMode):
             self.peak = dict(self.live)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Run one operation and count it."""
+        if function is torch.ops.prim.device.default:  # a question that only simulations ask
+            return function(*args, **(kwargs or {}))
+        return self._run(function, args, kwargs or {})
+
+    def _run(self, function: Callable, args: tuple, kwargs: dict) -> object:
         """Run one operation and count what it returns."""
-        result = function(*args, **(kwargs or {}))
+        result = function(*args, **kwargs)
         in_backward = torch._C._current_graph_task_id() != -1
         passing = "temporaries" if in_backward or self._in_optimizer else "activations"
         new = [
