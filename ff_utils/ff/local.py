@@ -129,7 +129,8 @@ class LocalFFLayer(FFLayer):
         """As `FFLayer.add_gradient`, a product for every position; `h` is left as it is."""
         inputs = self.fields.inputs(h)
         y = self._output(inputs)
-        value, slope = self.local_loss(goodness(y), part)
+        g = goodness(y)
+        value, slope = self.local_loss(g, part)
         row_scale = self.normalise_(y).mul_(slope).mul_(2 / self.out_features)
         dz = (y * row_scale[:, None]).t()
         self.fields.add_gradient(dw, dz, inputs, beta=0.0 if part.first else 1.0)
