@@ -88,10 +88,12 @@ class LocalConfig(FFConfig):
     """A Forward-Forward network with local receptive fields.
 
     padded: fields reach beyond the image's edge, where there is nothing to see.
+    local_goodness: each position has a goodness, a loss and a normalisation of its own.
     """
 
     label: str = "joined"
     padded: bool = False
+    local_goodness: bool = False
 
 
 @dataclass(frozen=True)

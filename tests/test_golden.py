@@ -45,10 +45,10 @@ def forms(data):
     yield "ff-sgd", network, replace(TRAIN, decay="none")
     network = ForwardForward(*sizes, replace(FF, label="none", label_scale=1.0, loss="pairwise"))
     yield "ff-unsupervised", network, replace(TRAIN, mask_blurs=2, dropout=0.1)
-    for name, padded in (("ff-local", False), ("ff-local-padded", True)):
-        config = replace(LOCAL, padded=padded)
+    for local in (False, True):
+        config = replace(LOCAL, padded=local, local_goodness=local)
         network = LocalForwardForward(data.shape, data.classes, [[4, 2, 8], [2, 1, 16]], config)
-        yield name, network, TRAIN
+        yield f"ff-local-{local}".lower(), network, TRAIN
     config = RecurrentConfig(label_scale=10.0, loss="pairwise", steps=5, threshold=1.0, seed=1)
     network = RecurrentForwardForward(*sizes, replace(config, sharpness=30.0, weight_decay=0.1))
     yield "ff-recurrent", network, replace(TRAIN, classifier_rate=0.3, dropout=0.1)

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,23 +84,25 @@ def test_output_is_a_masked_dense_layers(number, padded):
 
 
 @pytest.mark.parametrize(
-    ("number", "padded", "normalisation", "positives"),
+    ("number", "padded", "local", "normalisation", "positives"),
     [
-        (0, False, "mean_square", 5),
-        (1, True, "length", 1),
-        (0, True, "mean_square", 11),
-        (1, False, "length", 5),
+        (0, False, False, "mean_square", 5),
+        (1, True, False, "length", 1),
+        (0, True, True, "mean_square", 11),
+        (1, False, True, "length", 5),
     ],
 )
 def test_step_has_autograds_gradient_of_a_masked_dense_layer(
-    number, padded, normalisation, positives
+    number, padded, local, normalisation, positives
 ):
-    layer = make(padded=padded, normalisation=normalisation).layers[number]
+    network = make(padded=padded, local_goodness=local, normalisation=normalisation)
+    layer = network.layers[number]
     h, weight, bias = rows(layer), dense(layer), layer.bias.clone().requires_grad_()
     mask = weight != 0
     weight.requires_grad_()
     y = torch.relu(h @ (weight * mask).t() + bias)
-    x = 2.0 * (y.square().mean(dim=1) - 0.3)
+    units = y.view(len(h), len(layer.weight) if local else 1, -1)
+    x = 2.0 * (units.square().mean(dim=2) - 0.3)
     value = softplus(-x[:positives]).mean() + softplus(x[positives:]).mean()
     value.backward()
     caught = []
@@ -114,9 +117,9 @@ def test_step_has_autograds_gradient_of_a_masked_dense_layer(
     if padded:
         seen = seen.masked_fill(layer.fields.beyond, 0)
     assert (caught[0] - seen).abs().max() < 1e-10
-    size = y.norm(dim=1, keepdim=True)
-    size = size / y.shape[1] ** 0.5 if normalisation == "mean_square" else size
-    assert torch.allclose(output, y / (size + 1e-300), atol=1e-6)
+    size = units.norm(dim=2, keepdim=True)
+    size = size / units.shape[2] ** 0.5 if normalisation == "mean_square" else size
+    assert torch.allclose(output, (units / (size + 1e-300)).flatten(1), atol=1e-6)
 
 
 def test_weights_beyond_the_edge_are_never_learned():
@@ -140,9 +143,10 @@ def test_micro_batches_learn_what_the_batch_learns(micro_batches):
         assert torch.allclose(other.state_dict()[name], tensor, atol=1e-10), name
 
 
+@pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
-def test_label_goodness_is_what_trying_every_label_gives(normalisation):
-    network = make(normalisation=normalisation)
+def test_label_goodness_is_what_trying_every_label_gives(normalisation, local):
+    network = make(normalisation=normalisation, local_goodness=local)
     images = torch.rand(5, network.pixels, dtype=torch.float64)
     found = network.label_goodness(images)
     for tried in range(4):
@@ -167,10 +171,11 @@ def test_hintons_networks_have_his_grids():
     assert network.layers[0].weight.shape == (1024, 3, 363 + 10)
 
 
-@pytest.mark.parametrize("label", ["joined", "none"])
-def test_it_learns_colour_images_with_labels_and_without(label):
+@pytest.mark.parametrize(("label", "local"), [("joined", False), ("joined", True), ("none", False)])
+def test_it_learns_colour_images_with_labels_and_without(label, local):
     data = load_dataset("colour_digits", 600, 200)
     config = LocalConfig(label=label, label_scale=4.0, threshold=1.0, sharpness=10.0)
+    config = replace(config, local_goodness=local)
     network = LocalForwardForward(data.shape, data.classes, [(4, 2, 20), (2, 1, 40)], config)
     train = TrainConfig(epochs=8, batch_size=25, learning_rate=0.01, mask_blurs=1)
     assert fit(network, data, train, quiet=True).error.iloc[-1] < 0.2

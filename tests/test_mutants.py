@@ -103,7 +103,7 @@ def run_tests(folder: Path, tests: list[str], said: Path) -> None:
     sys.path.insert(0, str(folder))
     names = " or ".join(test.partition("::")[2] for test in tests)
     files = {f"tests/{test.partition('::')[0]}" for test in tests}
-    # Without plugins, and without what makes failures readable: both take a second each.
+    # Without plugins and without rewritten assertions: each takes a second to load.
     options = ["-x", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
     with said.open("w") as stream, redirect_stdout(stream):
         code = pytest.main([*options, "-p", "no:anyio", *files, "-k", names])

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ff_utils.config import LocalConfig
-from ff_utils.ff.layers import FFLayer, Part, goodness
+from ff_utils.ff.layers import EPSILON, FFLayer, Part, goodness, normalise_
 from ff_utils.ff.negatives import DenseInput
 from ff_utils.ff.network import ForwardForward
 from ff_utils.utils import check_choice, check_number
@@ -115,6 +115,7 @@ class LocalFFLayer(FFLayer):
         positions, seen = fields.shape
         shape = (positions, channels, seen)
         super().__init__(in_features, positions * channels, config, weight_shape=shape, **kind)
+        self.groups = positions if config.local_goodness else 1
         self.fields = fields.to(self.weight.device)
         if self.fields.beyond is not None:
             self.weight.masked_fill_(self.fields.beyond, 0)
@@ -123,27 +124,43 @@ class LocalFFLayer(FFLayer):
         """(rows, in_features) -> (rows, out_features)."""
         return self._output(self.fields.inputs(h))
 
+    def normalise_(self, y: torch.Tensor) -> torch.Tensor:
+        """Normalise in place; the divisor of each row (rows,), or with local goodness (positions,
+        rows)."""
+        return normalise_(y if self.groups == 1 else self._grouped(y), self.config.normalisation)
+
+    def goodness_of(self, divisor: torch.Tensor) -> torch.Tensor:
+        """Goodness (rows,), the mean over positions, of rows divided by `divisor`."""
+        width = self.out_features // self.groups if self.config.normalisation == "length" else 1
+        return divisor.sub_(EPSILON).square_().div_(width).view(self.groups, -1).mean(dim=0)
+
     def add_gradient(
         self, h: torch.Tensor, part: Part, dw: torch.Tensor, db: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `FFLayer.add_gradient`, a product for every position; `h` is left as it is."""
         inputs = self.fields.inputs(h)
         y = self._output(inputs)
-        g = goodness(y)
-        value, slope = self.local_loss(g, part)
-        row_scale = self.normalise_(y).mul_(slope).mul_(2 / self.out_features)
-        dz = (y * row_scale[:, None]).t()
+        units = self._grouped(y)
+        width = self.groups * units.shape[1]
+        g = goodness(units)
+        value, slope = self.local_loss(g.t(), part)
+        row_scale = self.normalise_(y).view(self.groups, -1).mul_(slope.t()).mul_(2 / width)
+        dz = (self._grouped(y) * row_scale[:, None]).view(self.out_features, -1)
         self.fields.add_gradient(dw, dz, inputs, beta=0.0 if part.first else 1.0)
         if self.fields.beyond is not None:
             dw.masked_fill_(self.fields.beyond, 0)
         if part.first:
             db.zero_()
         db.add_(dz.sum(dim=1))
-        return y, value
+        return y, value / self.groups
 
     def _output(self, inputs: torch.Tensor) -> torch.Tensor:
         """(groups, read, rows) -> (rows, out_features)."""
         return self.fields.product(self.weight, self.bias, inputs).relu_().t()
+
+    def _grouped(self, y: torch.Tensor) -> torch.Tensor:
+        """Units that share a goodness: (rows, out_features) -> (groups, width, rows)."""
+        return y.t().view(self.groups, -1, len(y))
 
 
 class LocalForwardForward(ForwardForward):
